@@ -1,0 +1,167 @@
+"""The fields of a run, what they mean and which values they take.
+
+Words follow timm (`lr`, `batch_size`, `epochs`, `workers`, `amp`) and, for adapters, PEFT (`rank`,
+`alpha`, `targets`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+
+class _Section(BaseModel):
+    # Strict: `epochs: "12"` and `compile: 1` are typing slips, and a slip that is silently
+    # converted is a run that is not the one in the file.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class BackboneConfig(_Section):
+    """The frozen network that is adapted."""
+
+    name: str = Field("wara_nano", min_length=1, description="Any timm ViT, or wara_nano.")
+    weights: str | None = Field(
+        None, description="Path of a local weights file; null fetches or finds the usual ones."
+    )
+    img_size: int | tuple[int, int] | None = Field(
+        None, description="Image side in pixels, or [height, width]; null: the backbone's."
+    )
+    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="Stochastic depth in the backbone.")
+    drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout before the head.")
+
+    @field_validator("img_size", mode="before")
+    @classmethod
+    def _side_or_pair(cls, value: Any) -> Any:
+        sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+        if value is not None and not all(type(side) is int and side >= 8 for side in sides):
+            raise PydanticCustomError("size", "a whole number of at least 8, or two of them")
+        return tuple(value) if isinstance(value, list) else value
+
+
+class AdapterConfig(_Section):
+    """The method that is trained, and its own options as further keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str = Field("wara", min_length=1, description="See `wara methods`.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the method: every key but `method`."""
+        return dict(self.model_extra or {})
+
+
+class DataConfig(_Section):
+    """How images are found, split and augmented."""
+
+    cache: str | None = Field(None, description="Folder of downloaded data; null: ~/.cache/wara.")
+    images: int | None = Field(
+        None, ge=1, description="Phantom images drawn in total; null: what the card says."
+    )
+    val_fraction: float = Field(0.15, gt=0, lt=1, description="Share for validation if not split.")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for the test if not split.")
+    split_seed: int = Field(0, ge=0, description="Seed of the split, apart from the run's seed.")
+    augment: str = Field(
+        "auto", min_length=1, description="auto (what the card says), off, or a preset's name."
+    )
+    workers: int = Field(0, ge=0, description="Processes that load images; results do not change.")
+
+    @field_validator("test_fraction")
+    @classmethod
+    def _leave_some_for_training(cls, value: float, info: ValidationInfo) -> float:
+        if value + info.data.get("val_fraction", 0.0) >= 1:
+            raise PydanticCustomError("split", "small enough to leave images to train on")
+        return value
+
+
+class RunConfig(_Section):
+    """Everything that decides a run. Field order is the order in the resolved file."""
+
+    dataset: str = Field(
+        "fundus_phantom",
+        min_length=1,
+        description="Card name, card file, class-folder tree, or folder with labels.csv.",
+    )
+    offline: Literal["phantom", "error"] = Field(
+        "phantom", description="Without data or weights and network: use phantoms, or refuse."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything but the split.")
+    out: str | None = Field(
+        None, min_length=1, description="Run folder; null: runs/<dataset>_<method>_s<seed>."
+    )
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="The network.")
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="The method.")
+    data: DataConfig = Field(default_factory=DataConfig, description="The images.")
+
+    loss: Literal["auto", "ce", "weighted_ce", "focal", "bce"] = Field(
+        "auto",
+        description="auto: bce if multilabel, weighted_ce above a class ratio of 3:1, or ce.",
+    )
+    focal_gamma: float = Field(2.0, ge=0, description="Focusing exponent of the focal loss.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss.")
+
+    epochs: int = Field(12, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(32, ge=1, description="Images per step and process.")
+    accumulate: int = Field(1, ge=1, description="Batches per optimiser step.")
+    lr: float = Field(2e-3, ge=0, description="Peak learning rate of the adapter.")
+    lr_core: float = Field(5e-2, ge=0, description="Peak learning rate of the WaRA cores.")
+    lr_head: float = Field(2e-3, ge=0, description="Peak learning rate of the head.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    warmup_epochs: float = Field(1.0, ge=0, description="Linear warm-up before the cosine.")
+    clip_grad: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: any.")
+    amp: Literal["auto", "off", "bf16"] = Field(
+        "auto", description="Mixed precision; auto: bf16 where the hardware has it."
+    )
+    compile: bool = Field(False, description="Run the model through torch.compile.")
+    devices: int = Field(1, ge=1, description="Processes that train together (DDP above 1).")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train.")
+    deterministic: bool = Field(True, description="Only deterministic kernels.")
+
+    patience: int | None = Field(
+        None, ge=1, description="Epochs without a better monitor before stopping; null: never."
+    )
+    monitor: Literal["auc_macro", "accuracy", "balanced_accuracy", "f1_macro", "qwk"] = Field(
+        "auc_macro", description="Validation metric that picks the best checkpoint."
+    )
+    bootstrap: int = Field(1000, ge=0, description="Resamples behind each 95 % interval.")
+
+    wandb: Literal["offline", "online", "off"] = Field(
+        "offline", description="Weights & Biases: files only, live, or not at all."
+    )
+    wandb_project: str = Field("wara", min_length=1, description="Project name there.")
+    wandb_images: bool = Field(
+        False, description="Send images and file names too; may name patients."
+    )
+    tensorboard: bool = Field(False, description="Write TensorBoard files too.")
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _warm_up_ends(cls, value: float, info: ValidationInfo) -> float:
+        if value > info.data.get("epochs", value):
+            raise PydanticCustomError("warmup", "at most epochs")
+        return value
+
+    @property
+    def folder(self) -> Path:
+        """Run folder: `out`, or one named after data set, method and seed."""
+        if self.out is not None:
+            return Path(self.out).expanduser()
+        name = (
+            Path(self.dataset).expanduser().resolve().name
+            if _is_path(self.dataset)
+            else self.dataset
+        )
+        stem = re.sub(r"\.ya?ml$", "", name)
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)
+        return Path("runs") / f"{stem}_{self.adapter.method}_s{self.seed}"
+
+
+def _is_path(text: str) -> bool:
+    return os.sep in text or text.startswith((".", "~")) or Path(text).suffix in (".yaml", ".yml")
