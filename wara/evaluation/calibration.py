@@ -140,8 +140,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
         labels: class indices [n], or 0/1 [n, c] for multilabel (one temperature for all labels).
 
     Raises:
-        WaraError: `nonfinite` for NaN or infinite logits; `usage` when shapes differ; `data` when no
-            finite positive temperature is best (all images right with room to spare, or scores
+        WaraError: `nonfinite` for NaN or infinite logits; `usage` when shapes differ; `data` when
+            no finite temperature is best (all images right with room to spare, or scores
             that carry no information about the labels).
     """
     z, y = _finite_logits(logits), np.asarray(labels)
