@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Train from a config: `python train.py --cfg fundus_wara.yaml`. Same as `wara train`."""
+
+import sys
+
+from wara.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,320 @@
+"""The `wara` command: reads arguments, calls the room that does the work, returns an exit code.
+
+Nothing heavy is imported before a verb needs it, so that `--help` and a slip of the keyboard are
+answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from wara.errors import WaraError, suggest
+
+if TYPE_CHECKING:
+    from wara.config import RunConfig
+
+TRAIN_EPILOG = """\
+examples:
+  wara train --cfg fundus_wara.yaml
+  wara train --cfg fundus_wara.yaml --set adapter.rank=8 --set seed=1
+  wara train --cfg fundus_lora.yaml --set dataset=path/to/class/folders --dry-run
+
+`python train.py` in a checkout is the same as `wara train`.
+
+exit codes:
+  0 done, 1 bug, 2 config or usage, 3 data, 4 artefact refused, 5 storage,
+  6 non-finite numbers, 7 resources, 8 run folder busy, 130 Ctrl-C, 143 terminated
+"""
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that refuses in one line and knows the nearest flag."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, add_help=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the refusal of a wrong command line."""
+        raise WaraError("usage", message, remedy=f"see {self.prog} --help")
+
+    def parse_or_refuse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse, and name the nearest flag for one that does not exist."""
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            parser = arguments.parser
+            flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+            flag = unknown[0].split("=", 1)[0]
+            remedy = suggest(flag, flags) if flag.startswith("-") else f"see {parser.prog} --help"
+            raise WaraError("usage", f"unknown argument '{unknown[0]}'", remedy=remedy)
+        return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `wara` command and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    arguments: argparse.Namespace | None = None
+    try:
+        arguments = build_parser().parse_or_refuse(sys.argv[1:] if argv is None else argv)
+        arguments.verb(arguments)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        refusal = _as_refusal(error)
+        if getattr(arguments, "debug", False):
+            traceback.print_exception(error)
+        print(refusal, file=sys.stderr)
+        return refusal.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the `wara` command with all its verbs."""
+    parser = _Parser(
+        prog="wara",
+        description="Fine-tune vision transformers on medical images with wavelet adapters.",
+    )
+    _add_help(parser)
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser.set_defaults(verb=_no_verb, parser=parser)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", parser_class=_Parser)
+
+    train = verbs.add_parser(
+        "train",
+        help="train from a config",
+        description="Fine-tune a backbone as a config says, and evaluate it.",
+        epilog=TRAIN_EPILOG,
+    )
+    _add_train_arguments(train)
+    train.set_defaults(verb=_train, parser=train)
+
+    listings: list[tuple[str, str, Callable[[], Iterable[Sequence[str]]]]] = [
+        ("configs", "list the configs that come with wara", _config_rows),
+        ("datasets", "list the data sets that wara knows", _dataset_rows),
+        ("methods", "list the methods and their options", _method_rows),
+    ]
+    for name, text, rows in listings:
+        listing = verbs.add_parser(name, help=text, description=f"{text.capitalize()}.")
+        _add_help(listing)
+        listing.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        listing.set_defaults(verb=_list, rows=rows, parser=listing)
+    return parser
+
+
+def _add_help(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("-h", "--help", action="help", help="print this text and stop")
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to run")
+    what.add_argument(
+        "--cfg",
+        metavar="NAME|PATH",
+        required=True,
+        help="config: a file, or the name of a shipped one (see `wara configs`)",
+    )
+    what.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="change one key of the config, as in adapter.rank=8; may be repeated",
+    )
+    folder = parser.add_argument_group("where it goes")
+    folder.add_argument(
+        "--out", metavar="FOLDER", help="run folder (default: runs/<dataset>_<method>_s<seed>)"
+    )
+    either = folder.add_mutually_exclusive_group()
+    either.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run in that folder"
+    )
+    either.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in that folder"
+    )
+    look = parser.add_argument_group("look before you train")
+    look.add_argument(
+        "--dry-run", action="store_true", help="make all checks, print the plan, train nothing"
+    )
+    look.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every key with its value and meaning, and stop",
+    )
+    output = parser.add_argument_group("what you see")
+    output.add_argument("--quiet", action="store_true", help="print only errors")
+    output.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    _add_help(output)
+
+
+def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
+    """Load a config with every check that needs no image: keys, data set, backbone, method.
+
+    Raises:
+        WaraErrors: kind "config", with all faults at once.
+    """
+    from wara.adapters import option_faults
+    from wara.config import load_config
+
+    return load_config(
+        source,
+        overrides,
+        checks=[
+            _dataset_faults,
+            _backbone_faults,
+            lambda config: option_faults(config["adapter"]),
+            _augment_faults,
+        ],
+    )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    overrides = list(arguments.overrides)
+    if arguments.out is not None:
+        overrides.append(f"out={json.dumps(arguments.out)}")
+    config = read_config(arguments.cfg, overrides)
+    if arguments.print_config:
+        from wara.config import dump_config
+
+        print(dump_config(config), end="")
+        return
+    from wara.training.run import run
+
+    run(
+        config,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        dry_run=arguments.dry_run,
+        quiet=arguments.quiet,
+    )
+
+
+def _no_verb(arguments: argparse.Namespace) -> None:
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(f"wara {version('wara')}")
+    else:
+        arguments.parser.print_help()
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    rows = [tuple(row) for row in arguments.rows()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    try:
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print("  ".join(cells).rstrip())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough (`wara configs | head`). Python would complain once more at
+        # exit unless stdout leads somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _config_rows() -> Iterable[Sequence[str]]:
+    from wara.config import list_configs
+
+    return list_configs().items()
+
+
+def _dataset_rows() -> Iterable[Sequence[str]]:
+    from wara.cards import list_cards, load_card
+
+    for card in map(load_card, list_cards()):
+        yield card.name, card.modality, card.task, f"{len(card.class_names)} classes", card.title
+
+
+def _method_rows() -> Iterable[Sequence[str]]:
+    import dataclasses
+
+    from wara.adapters import METHODS
+
+    for name, method in METHODS.items():
+        options = ", ".join(
+            f"{field.name}={_default(field)}" for field in dataclasses.fields(method) if field.init
+        )
+        summary = (method.__doc__ or "").strip().split("\n", 1)[0]
+        yield name, summary
+        if options:
+            yield "", f"  {options}"
+
+
+def _default(field: Any) -> str:
+    import dataclasses
+
+    if field.default is not dataclasses.MISSING:
+        return json.dumps(field.default, default=str)
+    return (
+        json.dumps(field.default_factory(), default=str) if callable(field.default_factory) else ""
+    )
+
+
+def _dataset_faults(config: dict[str, Any]) -> list[WaraError]:
+    from pathlib import Path
+
+    from wara.cards import list_cards
+
+    name = config["dataset"]
+    cards = list_cards()
+    if name in cards or Path(name).expanduser().exists():
+        return []
+    if os.sep in name:
+        remedy = "a path counts from the folder you are in"
+        return [WaraError("config", f"no data set at '{name}'", "dataset", remedy)]
+    return [WaraError("config", f"unknown data set '{name}'", "dataset", suggest(name, cards))]
+
+
+def _backbone_faults(config: dict[str, Any]) -> list[WaraError]:
+    import timm
+
+    from wara.backbones import SHIPPED
+
+    name = config["backbone"]["name"]
+    if name == SHIPPED or ":" in name or timm.is_model(name):
+        return []
+    # timm knows over a thousand names: all of them are no help where none is near.
+    near = suggest(name, [SHIPPED, *timm.list_models()])
+    remedy = near if near.startswith("did") else 'timm.list_models("vit*") lists the names'
+    return [WaraError("config", f"unknown backbone '{name}'", "backbone.name", remedy)]
+
+
+def _augment_faults(config: dict[str, Any]) -> list[WaraError]:
+    from wara.data.augment import PRESETS
+
+    name, names = config["data"]["augment"], ["auto", "off", *PRESETS]
+    if name in names:
+        return []
+    what = f"unknown augmentation preset '{name}'"
+    return [WaraError("config", what, "data.augment", suggest(name, names))]
+
+
+def _as_refusal(error: Exception) -> WaraError:
+    """Return the one line for an exception: its own, or that of the resource or bug it shows."""
+    if isinstance(error, WaraError):
+        return error
+    message = re.sub(r"\s+", " ", str(error)).strip()
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        remedy = "halve batch_size and double accumulate"
+        return WaraError("resources", "out of memory", remedy=remedy)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    if isinstance(error, OSError) and error.errno in full:
+        remedy = "free some space, or choose another disk with --out"
+        return WaraError("storage", error.strerror or text, str(error.filename or ""), remedy)
+    return WaraError("bug", text, remedy="run again with --debug for the traceback")
