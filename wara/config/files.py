@@ -357,10 +357,10 @@ def _wanted(detail: ErrorDetails) -> str:
         "bool_type": "true or false",
         "string_type": "a text",
         "string_too_short": "a text that is not empty",
-        "greater_than": f"above {limits.get('gt')}",
-        "greater_than_equal": f"at least {limits.get('ge')}",
-        "less_than": f"below {limits.get('lt')}",
-        "less_than_equal": f"at most {limits.get('le')}",
+        "greater_than": f"above {limits.get('gt', 0):g}",
+        "greater_than_equal": f"at least {limits.get('ge', 0):g}",
+        "less_than": f"below {limits.get('lt', 0):g}",
+        "less_than_equal": f"at most {limits.get('le', 0):g}",
     }
     return words.get(detail["type"], detail["msg"])
 
