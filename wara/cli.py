@@ -206,9 +206,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _no_verb(arguments: argparse.Namespace) -> None:
     if arguments.version:
-        from importlib.metadata import version
+        from wara import __version__
 
-        print(f"wara {version('wara')}")
+        print(f"wara {__version__}")
     else:
         arguments.parser.print_help()
 

@@ -1,0 +1,50 @@
+# Everything runs in .venv with the pinned packages of requirements.lock.
+#   make train                        the main job: WaRA on fundus images
+#   make train CFG=chest_xray_lora.yaml ARGS="--set seed=1"
+#   make test                         tests, linter, types
+#   make slow                         the tests that take longer
+
+PYTHON ?= python3
+CFG ?= fundus_wara.yaml
+ARGS ?=
+BIN := .venv/bin
+# Written last, so that an interrupted installation is made again.
+READY := .venv/.installed
+
+# Two processes with one thread each use two cores better than one process with two.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: train test slow lint lock clean
+
+# A second `make train` is meant to train again, so it replaces the run folder of the first.
+train: $(READY)
+	$(BIN)/python train.py --cfg $(CFG) $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
+
+test: $(READY)
+	$(PYTEST)
+	$(MAKE) --no-print-directory lint
+
+slow: $(READY)
+	$(PYTEST) -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wara needs Python 3.11 or later")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# Needs uv. The result names versions only: where packages come from is the machine's business.
+lock:
+	{ sed -n '/^#/p' requirements.lock; uv pip compile pyproject.toml --universal --quiet \
+	  --extra baselines --extra dev --extra dicom --extra export --extra tensorboard \
+	  --no-emit-index-url --no-header --no-annotate; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

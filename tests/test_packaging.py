@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = (ROOT / "requirements.lock").read_text()
+# A library in two packages of one version.
+PART_OF = {"pydantic-core": "pydantic"}
+EXTRAS = [text for extra in PROJECT["optional-dependencies"].values() for text in extra]
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in LOCK.splitlines() if line and not line.startswith("#")]
+    requirements = [Requirement(line) for line in lines]
+    assert all(str(one.specifier).startswith("==") for one in requirements)
+    return {canonicalize_name(one.name): str(one.specifier)[2:] for one in requirements}
+
+
+def test_lock_names_versions_and_no_places():
+    assert not re.search(r"://|file:|@|--|^-|[+]cpu|/", re.sub(r"#.*", "", LOCK), re.MULTILINE)
+    assert pins()
+
+
+def test_lock_holds_every_declared_package_in_an_allowed_version():
+    pinned = pins()
+    for text in [*PROJECT["dependencies"], *EXTRAS]:
+        wanted = Requirement(text)
+        name = canonicalize_name(wanted.name)
+        assert name in pinned, f"{name} is not pinned; run make lock"
+        assert wanted.specifier.contains(pinned[name], prereleases=True), text
+
+
+@pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
+def test_the_releases_with_malware_are_excluded(version):
+    (lightning,) = (
+        Requirement(text)
+        for text in PROJECT["dependencies"]
+        if text.startswith("pytorch-lightning")
+    )
+    assert version not in lightning.specifier and "2.6.6" in lightning.specifier
+
+
+def test_every_import_is_a_declared_dependency():
+    declared = {
+        canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *EXTRAS]
+    }
+    owners = packages_distributions()
+    for path in [*(ROOT / "wara").rglob("*.py"), ROOT / "train.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            else:
+                continue
+            for name in {name.split(".")[0] for name in names} - {"wara"}:
+                if name not in sys.stdlib_module_names:
+                    found = {canonicalize_name(owner) for owner in owners.get(name, [])}
+                    found |= {PART_OF.get(owner, owner) for owner in found}
+                    assert found & declared, f"{path}:{node.lineno} imports {name}: {found}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_carries_configs_cards_and_weights(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for kind in ("configs", "datasets"):
+        for path in (ROOT / kind).glob("*.yaml"):
+            assert f"wara/_share/{kind}/{path.name}" in names
+    for path in (ROOT / "wara").rglob("*"):
+        if path.is_file() and path.suffix in (".py", ".safetensors", ".md", ".typed"):
+            assert path.relative_to(ROOT).as_posix() in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    outside = {name.split("/")[0] for name in names if "dist-info" not in name}
+    assert outside == {"wara"}
+
+
+def test_installed_package_finds_its_configs_from_any_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    # A wheel of pure Python unpacked is what pip installs.
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            archive.extract(member, site)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import wara; from wara import config;"
+        "print(wara.__file__); print(config.find_config('fundus_wara.yaml'));"
+        "print(config.load_config('fundus_wara').adapter.method)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(site)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    package, found, method = done.stdout.split()
+    assert Path(package).is_relative_to(site) and Path(found).is_relative_to(site)
+    assert method == "wara"
+
+
+def test_wheel_is_small(wheel):
+    assert wheel.stat().st_size < 8 * 2**20
