@@ -111,8 +111,7 @@ def build_backbone(
             for weights that are missing, `artefact` for weights that do not fit.
     """
     requested = name
-    if name != NANO:
-        _check_name(name)
+    check_name(name)
     path, source = _find_weights(name, weights)
     if path is None:
         if offline == "error":
@@ -158,8 +157,7 @@ def weights_available(name: str, weights: str | Path | None = None) -> bool:
     Raises:
         WaraError: kind `config` for an unknown name.
     """
-    if name != NANO:
-        _check_name(name)
+    check_name(name)
     if weights is not None or name == NANO or _cached(name) is not None:
         return True
     return bool(timm.get_pretrained_cfg(name).hf_hub_id) and hub_answers()
@@ -182,8 +180,13 @@ def hub_answers(address: tuple[str, int] = HUB, timeout: float = 2.0) -> bool:
         return False
 
 
-def _check_name(name: str) -> None:
-    if not timm.is_model(name):
+def check_name(name: str) -> None:
+    """Refuse a backbone that timm does not know.
+
+    Raises:
+        WaraError: kind "config", naming the nearest ViT.
+    """
+    if name != NANO and not timm.is_model(name):
         near = [n for n in timm.list_models() if "vit" in n or "deit" in n or "eva" in n]
         remedy = suggest(name.split(".")[0], [*near, NANO])
         if remedy.startswith("choose"):
@@ -293,7 +296,9 @@ def _load(model: Any, name: str, path: Path) -> None:
 
 def _classifier_names(model: Any) -> tuple[str, ...]:
     """Return the prefixes of the classifier's keys; distilled models have two classifiers."""
-    found = (model.pretrained_cfg or {}).get("classifier") if hasattr(model, "pretrained_cfg") else None
+    found = (
+        (model.pretrained_cfg or {}).get("classifier") if hasattr(model, "pretrained_cfg") else None
+    )
     names = found or "head"
     return tuple(f"{n}." for n in ([names] if isinstance(names, str) else names))
 

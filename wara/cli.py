@@ -281,17 +281,13 @@ def _dataset_faults(config: dict[str, Any]) -> list[WaraError]:
 
 
 def _backbone_faults(config: dict[str, Any]) -> list[WaraError]:
-    import timm
+    from wara.backbones import check_name
 
-    from wara.backbones import SHIPPED
-
-    name = config["backbone"]["name"]
-    if name == SHIPPED or ":" in name or timm.is_model(name):
-        return []
-    # timm knows over a thousand names: all of them are no help where none is near.
-    near = suggest(name, [SHIPPED, *timm.list_models()])
-    remedy = near if near.startswith("did") else 'timm.list_models("vit*") lists the names'
-    return [WaraError("config", f"unknown backbone '{name}'", "backbone.name", remedy)]
+    try:
+        check_name(config["backbone"]["name"])
+    except WaraError as fault:
+        return [fault]
+    return []
 
 
 def _augment_faults(config: dict[str, Any]) -> list[WaraError]:
