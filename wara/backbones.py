@@ -115,9 +115,8 @@ def build_backbone(
     path, source = _find_weights(name, weights)
     if path is None:
         if offline == "error":
-            config = timm.get_pretrained_cfg(name)
             remedy = (
-                f"put the file of {config.hf_hub_id or name} at a path and set backbone.weights, "
+                f"put the file of {_hub_repo(name) or name} at a path and set backbone.weights, "
                 f"fill the cache {HF_HUB_CACHE}, or set offline: phantom"
             )
             what = "the weights are not cached and the hub does not answer"
@@ -160,7 +159,7 @@ def weights_available(name: str, weights: str | Path | None = None) -> bool:
     check_name(name)
     if weights is not None or name == NANO or _cached(name) is not None:
         return True
-    return bool(timm.get_pretrained_cfg(name).hf_hub_id) and hub_answers()
+    return _hub_repo(name) is not None and hub_answers()
 
 
 def hub_answers(address: tuple[str, int] = HUB, timeout: float = 2.0) -> bool:
@@ -208,17 +207,23 @@ def _find_weights(name: str, weights: str | Path | None) -> tuple[Path | None, s
         )
     cached = _cached(name)
     if cached is not None:
-        return cached, f"cached copy of {timm.get_pretrained_cfg(name).hf_hub_id}"
-    repo = timm.get_pretrained_cfg(name).hf_hub_id
+        return cached, f"cached copy of {_hub_repo(name)}"
+    repo = _hub_repo(name)
     if repo and hub_answers():
         return Path(hf_hub_download(repo, HUB_FILES[0])), f"hub {repo}"
     return None, ""
 
 
+def _hub_repo(name: str) -> str | None:
+    """Return the hub repository of a timm model's default weights, if it has any."""
+    config = timm.get_pretrained_cfg(name)
+    return (config.hf_hub_id or None) if config is not None else None
+
+
 def _cached(name: str) -> Path | None:
-    repo = timm.get_pretrained_cfg(name).hf_hub_id
-    for file in HUB_FILES if repo else ():
-        found = try_to_load_from_cache(repo, file)
+    repo = _hub_repo(name)
+    for file in HUB_FILES:
+        found = try_to_load_from_cache(repo, file) if repo else None
         if isinstance(found, str):
             return Path(found)
     return None
@@ -263,6 +268,7 @@ def _create(
 def _load(model: Any, name: str, path: Path) -> None:
     """Load weights strictly; only the classifier may differ, which stays fresh."""
     remedy = "give weights of this very architecture"
+    state: dict[str, Any]
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import cast
 
 import ptwt
 import pywt
 import torch
+from ptwt.constants import BoundaryMode
 from torch import Tensor, nn
 
 from wara.errors import WaraError, suggest
@@ -107,7 +109,8 @@ def subband_projections(
     h, w = grid
     n = h * w
     units = torch.eye(n, dtype=torch.float64).reshape(n, h, w)
-    coefficients = ptwt.wavedec2(units, wavelet, mode=boundary, level=level)
+    mode = cast(BoundaryMode, boundary)
+    coefficients = ptwt.wavedec2(units, wavelet, mode=mode, level=level)
     bands = [coefficients[0], *(band for detail in coefficients[1:] for band in detail)]
     projections = []
     for kept in range(len(bands)):

@@ -13,7 +13,7 @@ from wara.adapters.wara import SubbandLayer
 
 
 def _group_names(name: str, layer: AdaptedLinear) -> list[str]:
-    """Return a readable name per row group, `blocks.0.attn.qkv[q]` for the parts of a fused layer."""
+    """Return a name per row group; the parts of a fused layer read `blocks.0.attn.qkv[q]`."""
     groups = layer.adapter.rows
     if len(groups) == 1 and groups[0] == (0, layer.out_features):
         return [name]

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -62,7 +62,9 @@ def save_adapter(model: nn.Module, folder: str | Path, extra: dict[str, Any] | N
         _replace(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         remedy = "free space or choose another folder"
-        raise WaraError("storage", f"cannot write the adapter: {error}", str(folder), remedy) from error
+        raise WaraError(
+            "storage", f"cannot write the adapter: {error}", str(folder), remedy
+        ) from error
     return folder
 
 
@@ -137,7 +139,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         raise WaraError("artefact", str(error), str(folder / WEIGHTS_FILE), remedy) from error
     classes = config["num_classes"]
     if classes is not None and getattr(model, "num_classes", classes) != classes:
-        model.reset_classifier(classes)
+        cast(Any, model).reset_classifier(classes)
     adapt(model, method_from_options(config["method"], config["options"]))
     if check_base and base_hash(model) != config["base_sha256"]:
         unload_quietly(model)

@@ -169,9 +169,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     Raises:
         WaraError: kind `config` when the model is not adapted.
     """
-    groups = {
-        key: sum(p.numel() for p in group) for key, group in parameter_groups(model).items()
-    }
+    groups = {key: sum(p.numel() for p in group) for key, group in parameter_groups(model).items()}
     own = sum(p.numel() for p, _ in _adapter_parameters(model).values())
     everything = sum(p.numel() for p in model.parameters())
     adapter = groups["adapter"] + groups["core"]
@@ -289,7 +287,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         state: exactly the same names and shapes.
 
     Raises:
-        WaraError: kind `artefact`, naming keys or shapes that do not agree; nothing is changed then.
+        WaraError: kind `artefact`, naming keys or shapes that do not agree; nothing changes then.
     """
     own = adapter_state_dict(model)
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -327,5 +325,5 @@ def base_hash(model: nn.Module) -> str:
         if name not in skip:
             data = parameter.detach().cpu().contiguous()
             digest.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from wara.adapters.targets import Target, TargetedMethod
 class LoRALayer(LowRankLayer, WeightDomainLayer):
     """`ΔW = (α/r) B A` on each row group.
 
-    `A` starts Kaiming-uniform as in the authors' code, `B` at zero, so the layer starts as the base.
+    `A` starts Kaiming-uniform as in the authors' code and `B` at zero: it starts as the base layer.
     """
 
     def __init__(
@@ -117,5 +117,7 @@ def check_low_rank(rank: int, alpha: float | None, dropout: float) -> None:
         WaraError: kind `config`.
     """
     check_rank(rank)
-    require(alpha is None or alpha > 0, f"alpha is {alpha}", "alpha", "set a number above 0, or null")
+    require(
+        alpha is None or alpha > 0, f"alpha is {alpha}", "alpha", "set a number above 0, or null"
+    )
     require(0 <= dropout < 1, f"dropout is {dropout}", "dropout", "set a number in [0, 1)")

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -144,7 +145,10 @@ def find_targets(model: nn.Module, targets: Sequence[str], blocks: Blocks = "all
         have = sorted({name.rsplit(".", 1)[-1] for name in linears})
         what = f"no linear layer matches {', '.join(sorted(unmatched))}"
         raise WaraError(
-            "config", what, "adapter.targets", "the model has linear layers named " + ", ".join(have)
+            "config",
+            what,
+            "adapter.targets",
+            "the model has linear layers named " + ", ".join(have),
         )
     return [
         Target(name, linears[name], tuple(ranges.values()), tuple(ranges))
@@ -177,7 +181,7 @@ def place(model: nn.Module, target: Target, adapter: AdapterLayer) -> None:
     weight = target.linear.weight
     adapter.to(device=weight.device, dtype=weight.dtype)
     parent_name, _, leaf = target.name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+    parent: Any = model.get_submodule(parent_name)
     setattr(parent, leaf, AdaptedLinear(target.linear, adapter))
     # timm's EVA and BEiT read `qkv.weight` past the layer unless told to call it.
     if leaf in FUSED and getattr(parent, "qkv_bias_separate", None) is False:
@@ -194,7 +198,7 @@ def remove(model: nn.Module, name: str, linear: nn.Linear) -> None:
         linear: what takes its place.
     """
     parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+    parent: Any = model.get_submodule(parent_name)
     setattr(parent, leaf, linear)
     if getattr(parent, "wara_restore_fused_bias", False):
         parent.qkv_bias_separate = False

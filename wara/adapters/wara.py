@@ -212,7 +212,9 @@ class TinyWaRALayer(SubbandLayer):
         return self.product(core[:, 0]) if same and (zero or self.prefix == "adapt") else None
 
 
-def truncated_svd(weight: Tensor, rows: tuple[tuple[int, int], ...], rank: int) -> tuple[Tensor, Tensor]:
+def truncated_svd(
+    weight: Tensor, rows: tuple[tuple[int, int], ...], rank: int
+) -> tuple[Tensor, Tensor]:
     """Return the frozen factors of Tiny-WaRA for each row group of a weight.
 
     Args:
@@ -221,7 +223,7 @@ def truncated_svd(weight: Tensor, rows: tuple[tuple[int, int], ...], rank: int) 
         rank: `r`.
 
     Returns:
-        `A = Σ^½ Vᵀ` `[g r, d]` and `B = U Σ^½` `[Σ sizes, r]`, computed in float64. The sign of each
+        `A = Σ^½ Vᵀ` `[g r, d]` and `B = U Σ^½` `[Σ sizes, r]`, found in float64. The sign of each
         pair is fixed (largest entry of `U` positive), which LAPACK leaves open.
 
     Raises:
@@ -325,7 +327,7 @@ class WaRA(SubbandMethod):
         mixer, prefix_tokens = self.mixer(model)
         scale = scaling(self.alpha, self.rank)
         if self.core == "identity" and self.prefix == "adapt":
-            # Σ_s P_s = I: without cores there is nothing to transform, and the update can be merged.
+            # Σ_s P_s = I: without cores there is nothing to transform, and it can be merged.
             return [
                 LoRALayer(target, rank=self.rank, scale=scale, dropout=self.dropout)
                 for target in targets

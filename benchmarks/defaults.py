@@ -1,0 +1,200 @@
+"""Which core, level, prefix and learning rates should WaRA have by default?
+
+Trains the last six blocks of a ViT on a few hundred real images, once per option and seed, and
+prints the test AUROC beside that of LoRA and the linear probe under the same seeds and splits.
+The first six blocks are frozen and there is no augmentation, so their tokens are computed once.
+
+    python benchmarks/defaults.py --data DIR --weights FILE.safetensors --seeds 0 1 2 --out out.json
+
+`DIR` holds `labels.csv` (`file,label[,patient]`). Rows are appended to the output as they finish;
+rows that are there already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor, nn
+
+import wara
+from wara.adapters import method_from_options, parameter_groups
+from wara.backbones import build_backbone
+from wara.images import ImageSpec, load_tensor
+
+LR, WARMUP = 2e-3, 0.1
+OPTIONS: dict[str, dict[str, Any]] = {
+    "probe": {"method": "linear_probe"},
+    "lora": {"method": "lora"},
+    "identity": {"method": "wara", "core": "identity"},
+    "diag x1": {"method": "wara", "core": "diag", "lr_core": 1},
+    "diag x10": {"method": "wara", "core": "diag", "lr_core": 10},
+    "diag x50": {"method": "wara", "core": "diag", "lr_core": 50},
+    "scalar x50": {"method": "wara", "core": "scalar", "lr_core": 50},
+    "full x10": {"method": "wara", "core": "full", "lr_core": 10},
+    "full x50": {"method": "wara", "core": "full", "lr_core": 50},
+    "diag x50 level 2": {"method": "wara", "core": "diag", "lr_core": 50, "level": 2},
+    "full x10 level 2": {"method": "wara", "core": "full", "lr_core": 10, "level": 2},
+    "diag x50 level 3": {"method": "wara", "core": "diag", "lr_core": 50, "level": 3},
+    "diag x50 skip": {"method": "wara", "core": "diag", "lr_core": 50, "prefix": "skip"},
+    "diag x50 db2": {"method": "wara", "core": "diag", "lr_core": 50, "wavelet": "db2"},
+    "tiny x1": {"method": "tiny_wara", "lr_core": 1},
+    "tiny x10": {"method": "tiny_wara", "lr_core": 10},
+    "lora lr x2.5": {"method": "lora", "lr": 2.5},
+    "diag x50 lr x2.5": {"method": "wara", "core": "diag", "lr_core": 50, "lr": 2.5},
+}
+
+
+def read_set(folder: Path) -> tuple[list[Path], np.ndarray, np.ndarray]:
+    """Return image paths, label indices and patient names of a folder with `labels.csv`."""
+    with (folder / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    classes = sorted({row["label"] for row in rows})
+    labels = np.array([classes.index(row["label"]) for row in rows])
+    patients = np.array([row.get("patient") or row["file"] for row in rows])
+    return [folder / row["file"] for row in rows], labels, patients
+
+
+@torch.no_grad()
+def lower_tokens(model: Any, images: list[Tensor], blocks: int) -> Tensor:
+    """Return tokens `[n_images, n, d]` after the first `blocks` blocks."""
+    found = []
+    for start in range(0, len(images), 32):
+        x = model.patch_embed(torch.stack(images[start : start + 32]))
+        x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
+        for block in model.blocks[:blocks]:
+            x = block(x)
+        found.append(x)
+    return torch.cat(found)
+
+
+class Upper(nn.Module):
+    """The upper blocks of a ViT, as a model of its own that takes tokens."""
+
+    def __init__(self, model: Any, blocks: int) -> None:
+        super().__init__()
+        self.model = model
+        self.model.blocks = model.blocks[blocks:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits for tokens."""
+        return self.model.forward_head(self.model.norm(self.model.blocks(x)))
+
+
+def train(upper: Upper, tokens: Tensor, labels: Tensor, option: dict[str, Any], args: Any) -> float:
+    """Fine-tune in place; return the mean loss of the last epoch."""
+    groups = parameter_groups(upper.model)
+    lr = LR * option.get("lr", 1)
+    core = LR * option.get("lr_core", 1)
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": groups["adapter"], "lr": lr, "weight_decay": 0.01},
+            {"params": groups["core"], "lr": core, "weight_decay": 0.0},
+            {"params": groups["head"], "lr": LR, "weight_decay": 0.01},
+        ]
+    )
+    steps = args.epochs * math.ceil(len(tokens) / args.batch)
+    warm = max(1, int(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda s: (
+            (s + 1) / warm if s < warm else 0.5 + 0.5 * math.cos(math.pi * (s - warm) / (steps - warm))
+        ),
+    )
+    parameters = [p for group in groups.values() for p in group]
+    losses: list[float] = []
+    for _ in range(args.epochs):
+        losses = []
+        for batch in torch.randperm(len(tokens)).split(args.batch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                logits = upper(tokens[batch]).float()
+            loss = nn.functional.cross_entropy(logits, labels[batch])
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            losses.append(loss.item())
+    return float(np.mean(losses))
+
+
+def core_spread(model: nn.Module) -> float | None:
+    """Return the RMS distance of the trained cores from where they started."""
+    cores = [p.detach() for n, p in model.named_parameters() if n.endswith("adapter.core")]
+    moved = [c - (torch.eye(c.shape[-1]) if c.ndim == 4 else 1.0) for c in cores]
+    return float(torch.cat([m.flatten() for m in moved]).square().mean().sqrt()) if moved else None
+
+
+def main() -> None:
+    """Run the experiment."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    parser.add_argument("--train", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--bf16", action="store_true")
+    args = parser.parse_args()
+    files, labels, patients = read_set(args.data)
+    count = int(labels.max()) + 1
+    base, info = build_backbone(args.backbone, num_classes=count, weights=args.weights)
+    base.eval()
+    spec = ImageSpec(info.img_size, info.mean, info.std, info.interpolation)
+    half = len(base.blocks) // 2
+    tokens = lower_tokens(base, [load_tensor(file, spec) for file in files], half)
+    done = json.loads(args.out.read_text()) if args.out.exists() else []
+    for seed in args.seeds:
+        folds = StratifiedGroupKFold(2, shuffle=True, random_state=seed)
+        pool, test = next(folds.split(labels, labels, patients))
+        chosen = np.random.default_rng(seed).permutation(pool)[: args.train]
+        for name in args.options:
+            key = {"data": args.data.name, "seed": seed, "option": name}
+            if any(all(row[k] == v for k, v in key.items()) for row in done):
+                continue
+            option = OPTIONS[name]
+            torch.manual_seed(seed)
+            upper = Upper(copy.deepcopy(base), half)
+            upper.model.reset_classifier(count)
+            plain = {k: v for k, v in option.items() if k not in ("lr", "lr_core")}
+            wara.adapt(upper.model, method_from_options(plain.pop("method"), plain))
+            upper.train()
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            loss = train(upper, tokens[chosen], torch.from_numpy(labels[chosen]), option, args)
+            seconds = time.perf_counter() - start
+            upper.eval()
+            with torch.no_grad():
+                logits = torch.cat([upper(part) for part in tokens[test].split(64)])
+            probabilities = logits.softmax(1).double().numpy()
+            probabilities /= probabilities.sum(1, keepdims=True)
+            auc = roc_auc_score(labels[test], probabilities, multi_class="ovr", average="macro")
+            row = {
+                **key,
+                "auc_macro": round(float(auc), 5),
+                "train_loss": round(loss, 5),
+                "core_rms": core_spread(upper.model),
+                "n_train": len(chosen),
+                "n_test": len(test),
+                "seconds": round(seconds, 1),
+            }
+            done.append(row)
+            args.out.write_text(json.dumps(done, indent=1) + "\n")
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
