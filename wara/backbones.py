@@ -268,7 +268,7 @@ def _create(
 def _load(model: Any, name: str, path: Path) -> None:
     """Load weights strictly; only the classifier may differ, which stays fresh."""
     remedy = "give weights of this very architecture"
-    state: dict[str, Any]
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
