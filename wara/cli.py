@@ -40,9 +40,10 @@ INTERRUPTED = 130
 class _Parser(argparse.ArgumentParser):
     """An argument parser that refuses in one line and knows the nearest flag."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, add_help=False, **kwargs)
+    def __init__(self, **options: Any) -> None:
+        options |= {"allow_abbrev": False, "add_help": False}
+        options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
         """Raise the refusal of a wrong command line."""
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refusal.exit_code
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """Return the parser of the `wara` command with all its verbs."""
     parser = _Parser(
         prog="wara",
@@ -237,7 +238,13 @@ def _dataset_rows() -> Iterable[Sequence[str]]:
     from wara.cards import list_cards, load_card
 
     for card in map(load_card, list_cards()):
-        yield card.name, card.modality, card.task, f"{len(card.class_names)} classes", card.title
+        yield (
+            card.name,
+            card.modality or "any",
+            card.task,
+            f"{len(card.class_names)} classes",
+            card.title,
+        )
 
 
 def _method_rows() -> Iterable[Sequence[str]]:
@@ -314,3 +321,7 @@ def _as_refusal(error: Exception) -> WaraError:
         remedy = "free some space, or choose another disk with --out"
         return WaraError("storage", error.strerror or text, str(error.filename or ""), remedy)
     return WaraError("bug", text, remedy="run again with --debug for the traceback")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
