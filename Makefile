@@ -29,7 +29,6 @@ slow: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 $(READY): requirements.lock pyproject.toml
