@@ -1,0 +1,23 @@
+"""The data room: from a data set's name to checked, split and counted batches.
+
+`open_source` finds the images, `assign_splits` divides them, `check` refuses what would make a
+number a lie, `ImageDataModule` hands out batches.
+"""
+
+from wara.data.balance import class_counts, class_weights, imbalance_ratio, positive_weights
+from wara.data.gate import assign_splits, check
+from wara.data.imageset import ImageSet, Record
+from wara.data.sources import default_cache, open_source
+
+__all__ = [
+    "ImageSet",
+    "Record",
+    "assign_splits",
+    "check",
+    "class_counts",
+    "class_weights",
+    "default_cache",
+    "imbalance_ratio",
+    "open_source",
+    "positive_weights",
+]

@@ -1,0 +1,60 @@
+"""How uneven the classes are, and the weights that answer it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Count the images of each class.
+
+    Args:
+        labels: int `[n]`, or 0/1 `[n, c]` for multilabel tasks.
+        classes: number of classes `c`.
+
+    Returns:
+        int64 `[c]`.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim == 2:
+        return labels.sum(0).astype(np.int64)
+    return np.bincount(labels.astype(np.int64), minlength=classes)
+
+
+def imbalance_ratio(counts: np.ndarray) -> float:
+    """Largest class over smallest; infinite when a class has no image."""
+    low, high = int(np.min(counts)), int(np.max(counts))
+    return high / low if low else float("inf")
+
+
+def class_weights(counts: np.ndarray) -> np.ndarray:
+    """Weights inverse to the class counts: `n / (c * count)`, so that their mean per image is 1.
+
+    A class without images gets weight 0.
+
+    Returns:
+        float32 `[c]`.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    present = counts > 0
+    weights = np.zeros(len(counts))
+    weights[present] = counts.sum() / (present.sum() * counts[present])
+    return weights.astype(np.float32)
+
+
+def positive_weights(counts: np.ndarray, images: int) -> np.ndarray:
+    """Weight of the positives of each label, negatives over positives, for multilabel losses.
+
+    A label without positives gets weight 1.
+
+    Args:
+        counts: positives per label `[c]`.
+        images: number of images `n`.
+
+    Returns:
+        float32 `[c]`.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    weights = np.ones(len(counts))
+    weights[counts > 0] = (images - counts[counts > 0]) / counts[counts > 0]
+    return weights.astype(np.float32)

@@ -1,0 +1,274 @@
+"""The gate between files and training: the split, and everything that would falsify a number."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from wara.data.balance import class_counts
+from wara.data.imageset import ImageSet, in_threads
+from wara.data.splits import SPLITS, connected_groups, stratify
+from wara.errors import WaraError, WaraErrors
+from wara.images import ImageSpec
+
+SHOWN = 20
+FAULT_FILE = "data_faults.txt"
+
+
+def assign_splits(
+    image_set: ImageSet, *, val_fraction: float, test_fraction: float, seed: int
+) -> list[str]:
+    """Give every record a split: the source's own, or a stratified and grouped one.
+
+    Images of one patient and byte-identical files stay together. Where the source tells training
+    and test images apart but names no validation images (or no test images), they are taken out
+    of its training images; the fraction is then one of those.
+
+    Args:
+        image_set: the data.
+        val_fraction: share of the validation split.
+        test_fraction: share of the test split.
+        seed: decides among equally good splits.
+
+    Returns:
+        "train", "val" or "test" per record.
+    """
+    given = [record.split for record in image_set.records]
+    present = set(given) - {None}
+    if present in ({"train"}, {"val"}):
+        # One folder only: a name, not a split.
+        given, present = [None] * len(given), set()
+    if set(SPLITS) <= present or ("train" not in present and present):
+        return [split or "train" for split in given]
+
+    wanted = {"val": val_fraction, "test": test_fraction}
+    missing = [split for split in ("val", "test") if split not in present]
+    pool = [index for index, split in enumerate(given) if split in (None, "train")]
+    names = ["train", *missing]
+    fractions = [1 - sum(wanted[split] for split in missing), *(wanted[s] for s in missing)]
+    if pool:
+        groups = connected_groups(
+            [image_set.records[index].patient for index in pool], _hashes(image_set, pool)
+        )
+        parts = stratify(image_set.labels[pool], groups, fractions, seed)
+        for index, part in zip(pool, parts, strict=True):
+            given[index] = names[part]
+    return [split or "train" for split in given]
+
+
+def _hashes(image_set: ImageSet, indices: Sequence[int]) -> list[str | None]:
+    def sha256(index: int) -> str | None:
+        try:
+            return image_set.sha256(index)
+        except WaraError:
+            return None  # `check` reads it again and reports it with everything else
+
+    return [value if isinstance(value, str) else None for value in in_threads(sha256, indices)]
+
+
+def check(
+    image_set: ImageSet,
+    splits: Sequence[str],
+    *,
+    report_dir: str | Path | None,
+    spec: ImageSpec | None = None,
+) -> list[str]:
+    """Refuse data that cannot give a right number; return what the plan should mention.
+
+    Refused: images that are missing or not readable (each one is decoded), rows and labels outside
+    the card, classes without images at all or in training, a patient in two splits, an empty
+    training or validation split, a validation split of one class, and identical files in two
+    splits unless the source made the split.
+
+    Args:
+        image_set: the data.
+        splits: "train", "val" or "test" per record.
+        report_dir: folder for the list of all offenders, made when it is needed; None for none.
+        spec: when given, images are kept in memory as it wants them, if they fit, so that they
+            are decoded once for checking and training.
+
+    Returns:
+        Notes, a line each.
+
+    Raises:
+        WaraErrors: kind "data"; the first 20 offenders, then where the rest is listed.
+    """
+    faults = list(image_set.faults)
+    faults += _unreadable(image_set, spec)
+    notes = list(image_set.notes)
+    faults += _class_faults(image_set, splits, notes)
+    faults += _patient_faults(image_set, splits)
+    faults += _duplicate_faults(image_set, splits, notes)
+    if faults:
+        raise _report(faults, report_dir)
+    return notes
+
+
+def _report(faults: Sequence[WaraError], report_dir: str | Path | None) -> WaraErrors:
+    if report_dir is None:
+        rest = "correct the first ones and run again"
+    else:
+        path = Path(report_dir) / FAULT_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{fault}\n" for fault in faults), encoding="utf-8")
+        rest = f"all are listed in {path}"
+    shown = list(faults[:SHOWN])
+    if len(faults) > SHOWN:
+        shown.append(WaraError("data", f"{len(faults) - SHOWN} more offenders", "", rest))
+    return WaraErrors(shown)
+
+
+def _unreadable(image_set: ImageSet, spec: ImageSpec | None) -> list[WaraError]:
+    if image_set.reader.decoded:
+        return []
+    size = None
+    interpolation = "bicubic"
+    if spec is not None and image_set.keep(spec.size, spec.interpolation):
+        size, interpolation = spec.size, spec.interpolation
+
+    def attempt(index: int) -> WaraError | None:
+        try:
+            image_set.verify(index, size, interpolation)
+        except WaraError as error:
+            return error
+        return None
+
+    found = in_threads(attempt, range(len(image_set)))
+    return [fault for fault in found if isinstance(fault, WaraError)]
+
+
+def _class_faults(image_set: ImageSet, splits: Sequence[str], notes: list[str]) -> list[WaraError]:
+    card, labels = image_set.card, image_set.labels
+    names, classes = card.class_names, len(card.classes)
+    if not len(image_set):
+        return [WaraError("data", "no usable image", image_set.origin, "add images")]
+    of_split = {
+        split: np.array([own == split for own in splits], bool).reshape(len(image_set))
+        for split in SPLITS
+    }
+    faults: list[WaraError] = []
+    counts = {split: class_counts(labels[mask], classes) for split, mask in of_split.items()}
+    total = class_counts(labels, classes)
+    for index, name in enumerate(names):
+        if total[index] == 0:
+            faults.append(
+                WaraError(
+                    "data",
+                    f"class '{name}' has no image",
+                    image_set.origin,
+                    "add images, or take the class out of the card",
+                )
+            )
+        elif counts["train"][index] == 0:
+            faults.append(
+                WaraError(
+                    "data",
+                    f"class '{name}' has no training image",
+                    image_set.origin,
+                    "add images, or split otherwise",
+                )
+            )
+    for split, remedy in (("train", "add training images"), ("val", "raise data.val_fraction")):
+        if not of_split[split].any():
+            faults.append(
+                WaraError("data", f"the {split} split is empty", image_set.origin, remedy)
+            )
+    if of_split["val"].any() and _one_class(labels[of_split["val"]], card.task == "multilabel"):
+        faults.append(
+            WaraError(
+                "data",
+                "the validation split holds one class only, so that no metric can choose a model",
+                image_set.origin,
+                "raise data.val_fraction, or split otherwise",
+            )
+        )
+    if not of_split["test"].any():
+        notes.append("no test images: test metrics will be null")
+    for split in ("val", "test"):
+        absent = [name for name, n in zip(names, counts[split], strict=True) if n == 0]
+        if absent and of_split[split].any():
+            notes.append(
+                f"{split} holds no {', '.join(absent)}: metrics of that class are null there"
+            )
+    return faults
+
+
+def _one_class(labels: np.ndarray, multilabel: bool) -> bool:
+    if not multilabel:
+        return len(np.unique(labels)) < 2
+    return bool((labels.min(0) == labels.max(0)).all())
+
+
+def _patient_faults(image_set: ImageSet, splits: Sequence[str]) -> list[WaraError]:
+    held: dict[str, Counter[str]] = defaultdict(Counter)
+    for record, split in zip(image_set.records, splits, strict=True):
+        if record.patient is not None:
+            held[record.patient][split] += 1
+    return [
+        WaraError(
+            "data",
+            f"patient '{patient}' is in {_listed(counts)}",
+            image_set.origin,
+            "move all images of a patient into one split",
+        )
+        for patient, counts in held.items()
+        if len(counts) > 1
+    ]
+
+
+def _listed(counts: Counter[str]) -> str:
+    return " and ".join(f"{split} ({counts[split]})" for split in SPLITS if counts[split])
+
+
+def _duplicate_faults(
+    image_set: ImageSet, splits: Sequence[str], notes: list[str]
+) -> list[WaraError]:
+    same: dict[str, list[int]] = defaultdict(list)
+    for index, digest in enumerate(_hashes(image_set, range(len(image_set)))):
+        if digest is not None:
+            same[digest].append(index)
+    records = image_set.records
+    twins = [indices for indices in same.values() if len(indices) > 1]
+    faults: list[WaraError] = []
+    official = 0
+    for indices in twins:
+        if len({splits[index] for index in indices}) == 1:
+            continue
+        if all(records[index].split is not None for index in indices):
+            official += 1
+            continue
+        faults.append(
+            WaraError(
+                "data",
+                f"identical images in {_listed(Counter(splits[index] for index in indices))}",
+                _named(records[index].file for index in indices),
+                "keep one of them",
+            )
+        )
+    if twins:
+        copies = sum(len(indices) - 1 for indices in twins)
+        notes.append(
+            f"{copies} images are exact copies of others"
+            + (
+                f"; {official} lie in two splits, as the source has it: scores are optimistic"
+                if official
+                else "; copies stay in one split"
+            )
+        )
+    contradictory = [
+        indices for indices in twins if len({records[index].label for index in indices}) > 1
+    ]
+    if contradictory:
+        example = _named(records[index].file for index in contradictory[0])
+        notes.append(
+            f"{len(contradictory)} sets of identical images carry different labels: {example}"
+        )
+    return faults
+
+
+def _named(files: Iterable[str]) -> str:
+    names = list(files)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,214 @@
+"""MedMNIST+ files: found in the cache, fetched once, read without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import numpy as np
+
+from wara.cards import Card, MedMNISTSource
+from wara.data.imageset import ArrayReader, ImageSet, Record
+from wara.data.splits import SPLITS
+from wara.errors import WaraError, suggest
+
+REACH_SECONDS = 2.0
+_STALL_SECONDS = 30.0
+
+
+class Unavailable(Exception):
+    """The data cannot be had here and now; the message says why."""
+
+
+def reachable(url: str, seconds: float = REACH_SECONDS) -> bool:
+    """Whether the host of `url`, or the proxy in front of it, takes a connection.
+
+    Decided within about `seconds`: looking up a name can block for much longer than a socket's
+    timeout, so it happens in a thread that is left behind. `WARA_OFFLINE=1` means no.
+    """
+    if os.environ.get("WARA_OFFLINE", "") not in ("", "0"):
+        return False
+    target = urlsplit(url)
+    proxy = getproxies().get(target.scheme)
+    address = urlsplit(proxy if proxy and "://" in proxy else f"//{proxy}") if proxy else target
+    port = address.port or (443 if address.scheme == "https" else 80)
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((address.hostname or "", port), timeout=seconds).close()
+        except OSError:
+            return  # not reachable is an answer, given by the event that stays unset
+        answered.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds + 0.5)
+    return answered.is_set()
+
+
+def open_medmnist(card: Card, source: MedMNISTSource, cache: Path) -> ImageSet:
+    """Open the `.npz` file of a MedMNIST subset, fetching it first when that is needed.
+
+    Raises:
+        Unavailable: when there is no file and it cannot be fetched.
+        WaraError: kind "data" when the file is damaged or not the one of the card; kind "config"
+            when there is no such subset.
+    """
+    info = _info(source)
+    name = f"{source.flag}{_suffix(source)}.npz"
+    if source.file is not None:
+        path = (card.base or cache) / Path(source.file).expanduser()
+        if not path.is_file():
+            raise WaraError("data", "no such file", str(path), "correct `file` in the card")
+    else:
+        path = _find(name, cache) or _fetch(info, source, cache / "medmnist" / name)
+    if source.verify:
+        _verify(path, info[f"MD5{_suffix(source)}"])
+    arrays = _read_npz(path)
+    records, faults = _records(card, arrays, name)
+    checked = "MD5 verified" if source.verify else "MD5 not verified"
+    return ImageSet(
+        card,
+        records,
+        ArrayReader([arrays[f"{split}_images"] for split in SPLITS]),
+        origin=f"{path} ({checked})",
+        faults=faults,
+    )
+
+
+def _suffix(source: MedMNISTSource) -> str:
+    return "" if source.size == 28 else f"_{source.size}"
+
+
+def _info(source: MedMNISTSource) -> dict[str, Any]:
+    import medmnist  # seconds of import, and it makes ~/.medmnist
+
+    if source.flag not in medmnist.INFO:
+        raise WaraError(
+            "config",
+            f"no MedMNIST subset '{source.flag}'",
+            "source.flag",
+            suggest(source.flag, medmnist.INFO),
+        )
+    info = medmnist.INFO[source.flag]
+    if f"url{_suffix(source)}" not in info:
+        raise WaraError(
+            "config",
+            f"'{source.flag}' has no files of size {source.size}",
+            "source.size",
+            "use 28",
+        )
+    return info
+
+
+def _find(name: str, cache: Path) -> Path | None:
+    from medmnist.info import DEFAULT_ROOT
+
+    folders = [cache / "medmnist", *([Path(DEFAULT_ROOT)] if DEFAULT_ROOT else [])]
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _fetch(info: dict[str, Any], source: MedMNISTSource, path: Path) -> Path:
+    url = info[f"url{_suffix(source)}"]
+    host = urlsplit(url).hostname
+    if not reachable(url):
+        raise Unavailable(f"{path} is not there and {host} cannot be reached")
+    from torchvision.datasets.utils import download_url  # what medmnist itself calls
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name until it is whole and verified, so that a file in the cache is a good one.
+    folder = Path(tempfile.mkdtemp(prefix=".fetching-", dir=path.parent))
+    stall = socket.getdefaulttimeout()
+    try:
+        socket.setdefaulttimeout(_STALL_SECONDS)
+        download_url(url, str(folder), filename=path.name, md5=info[f"MD5{_suffix(source)}"])
+        os.replace(folder / path.name, path)
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(f"fetching {url} failed: {error}") from error
+    finally:
+        socket.setdefaulttimeout(stall)
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def _verify(path: Path, expected: str) -> None:
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != expected:
+        raise WaraError(
+            "data",
+            f"not the official file: MD5 {found} instead of {expected}",
+            str(path),
+            "delete it, so that it is fetched again; a file of your own needs a card with "
+            "`verify: false`",
+        )
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    keys = [f"{split}_{part}" for split in SPLITS for part in ("images", "labels")]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in keys if key not in archive]
+            if missing:
+                raise WaraError(
+                    "data", f"no array {', '.join(missing)}", str(path), "use a MedMNIST file"
+                )
+            arrays = {key: archive[key] for key in keys}
+    except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise WaraError(
+            "data", f"damaged file: {error}", str(path), "delete it and fetch it again"
+        ) from error
+    for split in SPLITS:
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        good = images.dtype == np.uint8 and (
+            images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+        )
+        if not good or len(images) != len(labels) or labels.dtype.kind not in "iu":
+            raise WaraError(
+                "data",
+                f"{split}: images {images.dtype} {images.shape}, labels {labels.dtype} "
+                f"{labels.shape}",
+                str(path),
+                "images must be uint8 [n, h, w] or [n, h, w, 3], with one integer label row each",
+            )
+    return arrays
+
+
+def _records(
+    card: Card, arrays: dict[str, np.ndarray], name: str
+) -> tuple[list[Record], list[WaraError]]:
+    records: list[Record] = []
+    faults: list[WaraError] = []
+    width = len(card.classes) if card.task == "multilabel" else 1
+    limit = 1 if card.task == "multilabel" else len(card.classes) - 1
+    for split in SPLITS:
+        rows = arrays[f"{split}_labels"].astype(np.int64)
+        rows = rows.reshape(len(rows), -1)
+        if rows.shape[1] != width:
+            raise WaraError(
+                "data",
+                f"{split}: {rows.shape[1]} labels per image, the card has {width}",
+                name,
+                "use the card of this file",
+            )
+        for position, row in enumerate(rows.tolist()):
+            file = f"{name}/{split}/{position}"
+            if min(row) < 0 or max(row) > limit:
+                faults.append(
+                    WaraError("data", f"label {row} outside the card", file, f"0 to {limit} exist")
+                )
+            # Kept even then, so that record numbers and array positions agree; the gate refuses.
+            label = tuple(row) if card.task == "multilabel" else row[0]
+            records.append(Record(file, label, None, split))
+    return records, faults
