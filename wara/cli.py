@@ -169,11 +169,13 @@ def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
     Raises:
         WaraErrors: kind "config", with all faults at once.
     """
+    from wara.config import find_config, load_config
+
+    path = find_config(source)  # a misspelt name is told before torch is loaded
     from wara.adapters import option_faults
-    from wara.config import load_config
 
     return load_config(
-        source,
+        path,
         overrides,
         checks=[
             _dataset_faults,
