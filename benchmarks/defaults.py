@@ -1,8 +1,8 @@
 """Which core, level, prefix and learning rates should WaRA have by default?
 
-Trains the last six blocks of a ViT on a few hundred real images, once per option and seed, and
+Trains the upper blocks of a ViT on a few hundred real images, once per option and seed, and
 prints the test AUROC beside that of LoRA and the linear probe under the same seeds and splits.
-The first six blocks are frozen and there is no augmentation, so their tokens are computed once.
+The lower blocks are frozen and there is no augmentation, so their tokens are computed once.
 
     python benchmarks/defaults.py --data DIR --weights FILE.safetensors --seeds 0 1 2 --out out.json
 
@@ -84,7 +84,7 @@ class Upper(nn.Module):
     def __init__(self, model: Any, blocks: int) -> None:
         super().__init__()
         self.model = model
-        self.model.blocks = model.blocks[blocks:]
+        self.model.blocks = nn.Sequential(*model.blocks[blocks:])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits for tokens."""
@@ -144,8 +144,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
-    parser.add_argument("--train", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--blocks", type=int, default=4, help="upper blocks that are adapted")
+    parser.add_argument("--train", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
@@ -154,8 +155,8 @@ def main() -> None:
     base, info = build_backbone(args.backbone, num_classes=count, weights=args.weights)
     base.eval()
     spec = ImageSpec(info.img_size, info.mean, info.std, info.interpolation)
-    half = len(base.blocks) // 2
-    tokens = lower_tokens(base, [load_tensor(file, spec) for file in files], half)
+    lower = len(base.blocks) - args.blocks
+    tokens = lower_tokens(base, [load_tensor(file, spec) for file in files], lower)
     done = json.loads(args.out.read_text()) if args.out.exists() else []
     for seed in args.seeds:
         folds = StratifiedGroupKFold(2, shuffle=True, random_state=seed)
@@ -167,7 +168,7 @@ def main() -> None:
                 continue
             option = OPTIONS[name]
             torch.manual_seed(seed)
-            upper = Upper(copy.deepcopy(base), half)
+            upper = Upper(copy.deepcopy(base), lower)
             upper.model.reset_classifier(count)
             plain = {k: v for k, v in option.items() if k not in ("lr", "lr_core")}
             wara.adapt(upper.model, method_from_options(plain.pop("method"), plain))

@@ -1,0 +1,72 @@
+"""Reference forms, written step by step from the papers, that the fast forms must agree with."""
+
+from __future__ import annotations
+
+import ptwt
+import torch
+from torch import Tensor, nn
+
+
+def wara_update(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    cores: Tensor,
+    grid: tuple[int, int],
+    *,
+    prefix_tokens: int = 0,
+    prefix: str = "adapt",
+    wavelet: str = "haar",
+    level: int = 1,
+    boundary: str = "symmetric",
+    scale: float = 1.0,
+) -> Tensor:
+    """WaRA for one linear layer, in the full width and subband by subband.
+
+    Lays the patch tokens `[b, n, d]` on the grid, transforms every channel, updates each subband by
+    `B K_s A`, transforms back and crops. `down` `[r, d]`, `up` `[o, r]`, `cores` `[s, r, r]`.
+    """
+    h, w = grid
+    patches = x[:, prefix_tokens:]
+    image = patches.transpose(1, 2).reshape(x.shape[0], -1, h, w)
+    coefficients = ptwt.wavedec2(image, wavelet, mode=boundary, level=level)
+
+    def update(band: Tensor, s: int) -> Tensor:
+        reduced = torch.einsum("rd,bdhw->brhw", down, band)
+        mixed = torch.einsum("qr,brhw->bqhw", cores[s], reduced)
+        return torch.einsum("oq,bqhw->bohw", up, mixed)
+
+    updated = [update(coefficients[0], 0)]
+    for j, detail in enumerate(coefficients[1:]):
+        bands = [update(band, 1 + 3 * j + i) for i, band in enumerate(detail)]
+        updated.append(ptwt.constants.WaveletDetailTuple2d(*bands))
+    back = ptwt.waverec2(tuple(updated), wavelet)[..., :h, :w]
+    delta = back.flatten(2).transpose(1, 2)
+    first = x[:, :prefix_tokens] @ down.T @ up.T
+    if prefix == "skip":
+        first = torch.zeros_like(first)
+    return scale * torch.cat([first, delta], dim=1)
+
+
+class StepByStepWaRA(nn.Module):
+    """A linear layer with WaRA in the step-by-step form, for timing and for gradients."""
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        down: Tensor,
+        up: Tensor,
+        cores: Tensor,
+        grid: tuple[int, int],
+        prefix_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up, self.cores = (nn.Parameter(t.clone()) for t in (down, up, cores))
+        self.grid, self.prefix_tokens = grid, prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = wara_update(
+            x, self.down, self.up, self.cores, self.grid, prefix_tokens=self.prefix_tokens
+        )
+        return self.base(x) + delta
