@@ -1,9 +1,11 @@
-"""Fixed wavelet transforms of the token grid, ready to be applied in rank space.
+"""Fixed wavelet transforms of the token grid, ready to be applied in rank space, and of weights.
 
 WaRA (arXiv 2506.24092 v2) transforms the patch tokens of a layer over their `h × w` grid. The
 transform is linear and fixed, so the way through one subband and back, `P_s = IDWT ∘ mask_s ∘ DWT`,
 is one `[n, n]` matrix. It acts on tokens while the low-rank factors act on channels; the two
 commute, so the matrices can be applied to `r` numbers per token in place of the layer's width.
+
+WaveFT (arXiv 2505.12532) transforms a weight matrix itself, by one level: `dwt2` and `idwt2`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from ptwt.constants import BoundaryMode
 from torch import Tensor, nn
 
 from wara.errors import WaraError, suggest
+
+Taps = tuple[float, ...]
 
 BOUNDARIES = ("symmetric", "reflect", "periodic", "zero", "constant")
 
@@ -198,3 +202,159 @@ class SubbandMixer(nn.Module):
             # Σ_s P_s (·)_s as one product with [P_0 … P_S] laid side by side.
             side_by_side = self.projections.transpose(0, 1).reshape(n, s * n)
             return (side_by_side @ updated.reshape(b, s * n, g * r)).reshape(b, n, g, r)
+
+
+# Weight matrices: one level, zero extension, the four quadrants in one matrix.
+
+
+@lru_cache(maxsize=64)
+def _filters(wavelet: str) -> tuple[Taps, Taps, Taps, Taps]:
+    """Return the taps `(dec_lo, dec_hi, rec_lo, rec_hi)`, each of even length `L`."""
+    dec_lo, dec_hi, rec_lo, rec_hi = check_wavelet(wavelet).filter_bank
+    return tuple(dec_lo), tuple(dec_hi), tuple(rec_lo), tuple(rec_hi)
+
+
+def filter_length(wavelet: str) -> int:
+    """Return the number of taps `L` of a wavelet's filters; PyWavelets makes it even."""
+    return len(_filters(wavelet)[0])
+
+
+def check_matrix(shape: tuple[int, int], wavelet: str, where: str = "adapter.wavelet") -> None:
+    """Refuse a wavelet that is longer than a side of the matrix.
+
+    Args:
+        shape: `(o, d)`.
+        wavelet: name of a discrete wavelet.
+        where: what to name in the refusal.
+
+    Raises:
+        WaraError: kind `config`.
+    """
+    length = filter_length(wavelet)
+    if length > min(shape):
+        what = f"wavelet {wavelet} has {length} taps, the matrix is {shape[0]}x{shape[1]}"
+        remedy = "choose a wavelet no longer than the shorter side, such as haar"
+        raise WaraError("config", what, where, remedy)
+
+
+def padded_side(side: int, wavelet: str) -> int:
+    """Return how many coefficients, low and high together, stand for a side of `side` entries.
+
+    Zero extension gives `⌊(side + L - 1) / 2⌋` of each kind, so `side` itself for Haar and an even
+    side.
+    """
+    return 2 * ((side + filter_length(wavelet) - 1) // 2)
+
+
+def synthesis(bands: Tensor, wavelet: str, dim: int) -> Tensor:
+    """Reconstruct along one axis: `x_t = Σ_a lo_a h_{t-2a+L-2} + hi_a g_{t-2a+L-2}`.
+
+    Args:
+        bands: low half, then high half, along `dim`; `2 c` in all.
+        wavelet: name of a discrete wavelet, filters `h` and `g` of reconstruction.
+        dim: the axis, counted from the front.
+
+    Returns:
+        `2 c - L + 2` values along `dim`.
+    """
+    _, _, low_taps, high_taps = _filters(wavelet)
+    half = len(low_taps) // 2
+    low, high = bands.chunk(2, dim)
+    size = low.shape[dim] - half + 1
+    phases = []
+    # Even and odd places of the result have taps of their own; no zero is ever multiplied.
+    for phase in range(2):
+        total: Tensor | None = None
+        for band, taps in ((low, low_taps), (high, high_taps)):
+            for p in range(half):
+                part, tap = band.narrow(dim, half - 1 - p, size), taps[2 * p + phase]
+                total = part * tap if total is None else torch.add(total, part, alpha=tap)
+        assert total is not None
+        phases.append(total)
+    return torch.stack(phases, dim + 1).flatten(dim, dim + 1)
+
+
+def _correlate(x: Tensor, low_taps: Taps, high_taps: Taps, dim: int) -> Tensor:
+    """Return `Σ_m taps_m x_{2a+m-L+2}` along `dim` for both filters, low half first."""
+    length, side = len(low_taps), x.shape[dim]
+    count = (side + length - 1) // 2
+    front, back = length - 2, 2 * count - side
+    if front or back:
+        edges = [0, 0] * (x.ndim - 1 - dim) + [front, back]
+        x = nn.functional.pad(x, edges)
+    bands = []
+    for taps in (low_taps, high_taps):
+        total: Tensor | None = None
+        for m, tap in enumerate(taps):
+            part = x[(slice(None),) * dim + (slice(m, m + 2 * count - 1, 2),)]
+            total = part * tap if total is None else torch.add(total, part, alpha=tap)
+        assert total is not None
+        bands.append(total)
+    return torch.cat(bands, dim)
+
+
+def synthesis_adjoint(x: Tensor, wavelet: str, dim: int) -> Tensor:
+    """Apply the transpose of `synthesis`: what a gradient goes through on its way back.
+
+    For orthogonal wavelets this is the transform itself, for biorthogonal ones it is not.
+
+    Args:
+        x: values along `dim`; a side that the transform crops is filled with zeros.
+        wavelet: name of a discrete wavelet.
+        dim: the axis, counted from the front.
+
+    Returns:
+        `padded_side` values along `dim`, low half first.
+    """
+    _, _, low_taps, high_taps = _filters(wavelet)
+    return _correlate(x, low_taps, high_taps, dim)
+
+
+def _swap_details(quadrants: Tensor) -> Tensor:
+    """Exchange the quadrants off the diagonal, so that each axis has its filters to itself."""
+    top, bottom = quadrants.chunk(2, 0)
+    (ll, lh), (hl, hh) = top.chunk(2, 1), bottom.chunk(2, 1)
+    return torch.cat([torch.cat([ll, hl], 1), torch.cat([lh, hh], 1)], 0)
+
+
+def dwt2(matrix: Tensor, wavelet: str = "haar") -> Tensor:
+    """Transform a weight matrix by one level with zero extension.
+
+    Args:
+        matrix: `[o, d]`, floating point.
+        wavelet: name of a discrete wavelet.
+
+    Returns:
+        The coefficients `[[LL, LH], [HL, HH]]` as one matrix of `padded_side` of either side;
+        PyWavelets' `dwt2(…, mode="zero")` with `LH` its horizontal detail (high-pass across rows),
+        `HL` the vertical, `HH` the diagonal one.
+
+    Raises:
+        WaraError: kind `config` for an unknown wavelet, or one longer than a side.
+    """
+    check_matrix((matrix.shape[0], matrix.shape[1]), wavelet)
+    low_taps, high_taps, _, _ = _filters(wavelet)
+    taps = low_taps[::-1], high_taps[::-1]
+    return _swap_details(_correlate(_correlate(matrix, *taps, 0), *taps, 1))
+
+
+def idwt2(
+    quadrants: Tensor, wavelet: str = "haar", shape: tuple[int, int] | None = None
+) -> Tensor:
+    """Invert `dwt2`: `IDWT2` of WaveFT (arXiv 2505.12532).
+
+    Args:
+        quadrants: `[[LL, LH], [HL, HH]]`, both sides even.
+        wavelet: name of a discrete wavelet.
+        shape: `(o, d)` to crop to; none keeps what the coefficients give, which for an odd side is
+            one more than the side.
+
+    Returns:
+        `[o, d]`. Linear and differentiable.
+
+    Raises:
+        WaraError: kind `config` for an unknown wavelet.
+    """
+    rows = synthesis(_swap_details(quadrants), wavelet, 0)
+    matrix = synthesis(rows, wavelet, 1)
+    return matrix if shape is None else matrix[: shape[0], : shape[1]]
