@@ -1,0 +1,187 @@
+"""Weights & Biases and TensorBoard: numbers only, unless images were asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wara.errors import WaraError
+
+_REACH_SECONDS = 3.0
+
+
+def reachable(url: str, seconds: float = _REACH_SECONDS) -> bool:
+    """Whether the host of `url` answers within `seconds`.
+
+    wandb itself waits a hundred seconds before it gives up.
+    """
+    address = urlparse(url)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        with socket.create_connection((address.hostname or "", port), timeout=seconds):
+            return True
+    except OSError:
+        return False
+
+
+def public_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what may name people or places: paths are reduced to `local`."""
+    kept = {key: value for key, value in config.items() if key != "out"}
+    if os.sep in str(kept.get("dataset")) or str(kept.get("dataset")).startswith((".", "~")):
+        kept["dataset"] = "local"
+    kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k != "cache"}
+    backbone = dict(kept.get("backbone", {}))
+    if backbone.get("weights"):
+        backbone["weights"] = "local"
+    return {**kept, "backbone": backbone}
+
+
+class WandbSink:
+    """One wandb run.
+
+    Offline it writes under the run folder and never opens a connection; `wandb sync` sends it
+    later. Arguments of the command line, code, git state, host and user names stay out.
+
+    Args:
+        mode: `offline` or `online`.
+        project: wandb project.
+        name: name of the run.
+        folder: where `wandb/` goes.
+        config: what to show as the run's config, see `public_config`.
+
+    Raises:
+        WaraError: kind "config", when `online` is asked for without a login.
+    """
+
+    def __init__(
+        self, *, mode: str, project: str, name: str, folder: Path, config: dict[str, Any]
+    ) -> None:
+        import wandb
+
+        self.note = ""
+        if mode == "online":
+            if not wandb.api.api_key:
+                raise WaraError(
+                    "config", "wandb is not logged in", "wandb: online",
+                    "run `wandb login`, or set wandb=offline",
+                )  # fmt: skip
+            if not reachable(wandb.api.api_url):
+                mode = "offline"
+                self.note = f"wandb is not reachable; writing offline to {folder / 'wandb'}"
+        settings = wandb.Settings(
+            mode=mode,
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            program="train.py",
+            program_relpath="train.py",
+            host="",
+            email="",
+            username="",
+            init_timeout=10.0,
+        )
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=project, name=name, dir=str(folder), config=config, settings=settings
+        )
+
+    def epoch(self, number: int, row: dict[str, float | None]) -> None:
+        """Log one row of the learning curves."""
+        self._run.log({k: v for k, v in row.items() if v is not None}, step=number)
+
+    def results(
+        self,
+        *,
+        summary: dict[str, Any],
+        labels: NDArray[np.int64],
+        probs: NDArray[np.float64],
+        predicted: NDArray[np.int64],
+        classes: Sequence[str],
+        adapter: Path,
+    ) -> None:
+        """Log final numbers, the test set's confusion and ROC charts, and the adapter files."""
+        self._run.summary.update(summary)
+        if labels.ndim == 1:
+            self._run.log(
+                {
+                    "confusion": self._wandb.plot.confusion_matrix(
+                        y_true=labels.tolist(), preds=predicted.tolist(),
+                        class_names=list(classes), title="Test confusion",
+                    ),
+                    "roc": self._wandb.plot.roc_curve(
+                        labels.tolist(), probs.tolist(), labels=list(classes), title="Test ROC"
+                    ),
+                }
+            )  # fmt: skip
+        else:
+            # The native charts are for one label per image; one chart per finding instead.
+            charts = {}
+            for k, name in enumerate(classes):
+                truth = labels[:, k]
+                two = np.stack([1 - probs[:, k], probs[:, k]], axis=1)
+                absent_present = [f"no {name}", name]
+                charts[f"confusion_{name}"] = self._wandb.plot.confusion_matrix(
+                    y_true=truth.tolist(), preds=predicted[:, k].tolist(),
+                    class_names=absent_present, title=f"Test confusion, {name}",
+                )  # fmt: skip
+                charts[f"roc_{name}"] = self._wandb.plot.roc_curve(
+                    truth.tolist(), two.tolist(), labels=absent_present, title=f"Test ROC, {name}"
+                )
+            self._run.log(charts)
+        artifact = self._wandb.Artifact(f"adapter-{self._run.id}", type="adapter")
+        artifact.add_dir(str(adapter))
+        self._run.log_artifact(artifact)
+
+    def images(self, pictures: Sequence[tuple[NDArray[np.uint8], str]]) -> None:
+        """Log test images with captions; only called when the config asks for it."""
+        self._run.log({"test_images": [self._wandb.Image(p, caption=c) for p, c in pictures]})
+
+    def close(self, exit_code: int) -> None:
+        """End the run; failure to do so must not hide the error that led here."""
+        with contextlib.suppress(Exception):
+            self._run.finish(exit_code=exit_code, quiet=True)
+
+
+class TensorBoardSink:
+    """Learning curves as TensorBoard files.
+
+    Args:
+        folder: where `tensorboard/` goes.
+
+    Raises:
+        WaraError: kind "config", when tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise WaraError(
+                "config", "tensorboard is not installed", "tensorboard: true",
+                "pip install 'wara[tensorboard]', or set tensorboard=false",
+            ) from error  # fmt: skip
+        self._writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
+
+    def epoch(self, number: int, row: dict[str, float | None]) -> None:
+        """Log one row of the learning curves."""
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                self._writer.add_scalar(name, value, number)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()

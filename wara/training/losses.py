@@ -1,0 +1,91 @@
+"""Loss functions, per image, and the rule that chooses one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wara.data.balance import imbalance_ratio
+from wara.errors import WaraError
+
+IMBALANCE = 3.0
+LOSSES = ("ce", "weighted_ce", "focal", "bce")
+
+
+def resolve_loss(loss: str, task: str, counts: Sequence[int]) -> tuple[str, str]:
+    """Choose the loss and say why.
+
+    Args:
+        loss: `auto` or one of `LOSSES`.
+        task: `binary | multiclass | multilabel | ordinal`.
+        counts: training images per class.
+
+    Returns:
+        The name of the loss, and the reason as printed in the plan.
+
+    Raises:
+        WaraError: kind "config", when the loss does not fit the task.
+    """
+    ratio = imbalance_ratio(np.asarray(counts))
+    if loss == "auto":
+        if task == "multilabel":
+            return "bce", "several labels per image"
+        if ratio > IMBALANCE:
+            return "weighted_ce", f"classes are {ratio:.1f} : 1, above {IMBALANCE:g} : 1"
+        return "ce", f"classes are {ratio:.1f} : 1, not above {IMBALANCE:g} : 1"
+    if task == "multilabel" and loss in ("ce", "weighted_ce"):
+        raise WaraError(
+            "config", f"loss '{loss}' needs exactly one label per image", "loss",
+            "use bce, focal or auto for a multilabel data set",
+        )  # fmt: skip
+    if task != "multilabel" and loss == "bce":
+        raise WaraError(
+            "config", "loss 'bce' is for several labels per image", "loss",
+            f"use ce, weighted_ce, focal or auto for a {task} data set",
+        )  # fmt: skip
+    return loss, "chosen in the config"
+
+
+def loss_per_image(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    loss: str,
+    weights: Tensor | None = None,
+    gamma: float = 2.0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Loss of every image, float32 `[b]`.
+
+    The mean over a batch is the plain mean, also for `weighted_ce`: dividing by the sum of the
+    weights in the batch, as `torch.nn.CrossEntropyLoss` does, would undo the weights in a batch
+    of one class and make the loss depend on how a batch is cut over processes.
+
+    Args:
+        logits: `[b, c]`.
+        labels: class numbers `[b]`, or 0/1 `[b, c]` for a multilabel task.
+        loss: one of `LOSSES`. `focal` is Lin et al. 2017, eq. 4: `(1 - p_t)^gamma` times the cross
+            entropy; with labels `[b, c]` it is taken per class over sigmoids and averaged.
+        weights: class weights `[c]` for `weighted_ce`; the weight of the true class multiplies.
+        gamma: focusing exponent of `focal`.
+        smoothing: label smoothing of `ce` and `weighted_ce`, in [0, 1).
+    """
+    logits = logits.float()
+    if labels.ndim == 2:
+        bce = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        if loss == "focal":
+            bce = (1 - torch.exp(-bce)).pow(gamma) * bce
+        return bce.mean(dim=1)
+    if loss == "focal":
+        ce = F.cross_entropy(logits, labels, reduction="none")
+        return (1 - torch.exp(-ce)).clamp_min(0).pow(gamma) * ce
+    ce = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    if loss == "weighted_ce":
+        if weights is None:
+            raise ValueError("weighted_ce needs class weights")
+        ce = ce * weights.to(ce)[labels]
+    return ce

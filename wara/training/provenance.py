@@ -1,0 +1,125 @@
+"""What produced a run: code, versions, data, weights, machine, times."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wara
+
+_PACKAGES = (
+    "torch", "torchvision", "timm", "pytorch-lightning", "ptwt", "PyWavelets", "numpy",
+    "scikit-learn", "albumentations", "medmnist", "safetensors", "Pillow", "pydicom", "wandb",
+)  # fmt: skip
+
+
+def collect(
+    *,
+    command: Sequence[str],
+    seed: int,
+    data: dict[str, Any],
+    backbone: dict[str, Any],
+    device: str,
+    precision: str,
+    processes: int,
+) -> dict[str, Any]:
+    """Facts about this process and machine, ready for `provenance.json`."""
+    return {
+        "command": list(command),
+        "seed": seed,
+        "data": data,
+        "backbone": backbone,
+        "versions": versions(),
+        "commit": commit(),
+        "machine": {
+            "host": socket.gethostname(),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "cpu": cpu_name(),
+            "cpus": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "cuda": torch.version.cuda,
+        },
+        "torch": {
+            "device": device,
+            "precision": precision,
+            "processes": processes,
+            "threads": torch.get_num_threads(),
+            "interop_threads": torch.get_num_interop_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        },
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the packages that decide a result; None where not installed."""
+    found: dict[str, str | None] = {"wara": wara.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit() -> dict[str, Any] | None:
+    """Commit of the checkout this code runs from, and whether files differ; None when installed."""
+    root = Path(__file__).resolve().parents[2]
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            [git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10,
+            check=True,
+        ).stdout.strip()  # fmt: skip
+        changed = subprocess.run(
+            [git, "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True,
+            text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"sha": head, "changed": bool(changed)}
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def data_sha256(rows: Iterable[Sequence[object]]) -> str:
+    """Hash of the split table: files, labels, patients, splits and image hashes, in order."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update("\x1f".join("" if cell is None else str(cell) for cell in row).encode())
+        sha.update(b"\x1e")
+    return sha.hexdigest()
+
+
+def peak_memory_mb(cuda: bool) -> float:
+    """Most memory used so far, in MB: of the GPU when training there, of the process otherwise."""
+    if cuda:
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -1,0 +1,305 @@
+"""The Lightning module of a run: loss, optimiser, schedule, checks, and validation metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from wara.adapters import parameter_groups
+from wara.errors import WaraError
+from wara.evaluation.metrics import point_metrics
+from wara.training.losses import loss_per_image
+
+Batch = dict[str, Tensor]
+_GRAD_REMEDY = "lower lr, lr_core or lr_head, set clip_grad or amp=off, and start again"
+
+
+def schedule(step: int, *, total: int, warmup: int) -> float:
+    """Factor on the learning rates at optimiser step `step` (0-based) of `total`.
+
+    Linear warm-up over `warmup` steps, then a half cosine to zero (as timm's
+    `CosineLRScheduler` with `warmup_prefix=True` and `lr_min=0`, stepped per update). A pure
+    function of the step, so resuming has no scheduler state to get wrong.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def step_seed(seed: int, batch: int, rank: int) -> int:
+    """Seed of everything random in training batch `batch` of the run on process `rank`."""
+    return int(np.random.SeedSequence((seed, batch, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def probabilities(logits: NDArray[np.float32], task: str) -> NDArray[np.float64]:
+    """Softmax over classes, or a sigmoid per class for a multilabel task; `[n, c]`, float64."""
+    values = torch.from_numpy(np.asarray(logits)).double()
+    probs = values.sigmoid() if task == "multilabel" else values.softmax(dim=-1)
+    return np.asarray(probs.numpy())
+
+
+class FineTuning(pl.LightningModule):
+    """Trains the adapter and the head of `model`; everything random is counted, not carried.
+
+    Args:
+        model: an adapted timm model that maps images `[b, 3, h, w]` to logits `[b, c]`.
+        task: `binary | multiclass | multilabel | ordinal`.
+        classes: names of the `c` classes.
+        loss: name of the loss, see `losses.loss_per_image`.
+        weights: class weights `[c]` of `weighted_ce`.
+        gamma: focusing exponent of `focal`.
+        smoothing: label smoothing.
+        lr, lr_core, lr_head: peak learning rates of adapter, cores and head.
+        weight_decay: of AdamW, on matrices; cores, biases and other vectors have none.
+        epochs: length of the schedule.
+        warmup_epochs: length of the warm-up.
+        clip_grad: largest gradient norm; None leaves gradients alone.
+        monitor: name of the validation metric that picks the best epoch.
+        seed: of the run.
+        train_images: size of the training split; only needed by several processes.
+        batch_size: images per process and batch; likewise.
+        compiled: run the model through `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        task: str,
+        classes: Sequence[str],
+        loss: str,
+        weights: Tensor | None = None,
+        gamma: float = 2.0,
+        smoothing: float = 0.0,
+        lr: float,
+        lr_core: float,
+        lr_head: float,
+        weight_decay: float,
+        epochs: int,
+        warmup_epochs: float = 0.0,
+        clip_grad: float | None = None,
+        monitor: str = "auc_macro",
+        seed: int = 0,
+        train_images: int = 0,
+        batch_size: int = 0,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # Held in a tuple: the compiled wrapper shares the parameters of `model` and must not
+        # register them a second time.
+        self._run: tuple[Callable[[Tensor], Tensor]] = (
+            (torch.compile(model),) if compiled else (model,)
+        )
+        self.task, self.classes = task, list(classes)
+        self.loss, self.weights = loss, weights
+        self.gamma, self.smoothing = gamma, smoothing
+        self.lrs = {"adapter": lr, "core": lr_core, "head": lr_head}
+        self.weight_decay, self.clip_grad = weight_decay, clip_grad
+        self.epochs, self.warmup_epochs = epochs, warmup_epochs
+        self.monitor, self.seed = monitor, seed
+        self.train_images, self.batch_size = train_images, batch_size
+        self.optimiser_step_count = 0
+        self.resume_optimiser: dict[str, Any] | None = None
+        self.stop_requested: Callable[[], int] = lambda: 0
+        self.agreed_stop = 0
+        self.last_lr = 0.0
+        self.val_loss: float | None = None
+        self.val_metrics: dict[str, float | None] = {}
+        self._totals: Tensor | None = None
+        self._pending: list[Tensor] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[b, c]` of images `[b, 3, h, w]`."""
+        return self._run[0](images)
+
+    # -- optimiser --------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW with one group per learning rate and weight decay.
+
+        Named parameters are sorted by the model's own order, which is the same in every process
+        and after every restart, so optimiser state can be put back by position.
+        """
+        groups: list[dict[str, Any]] = []
+        for name, parameters in parameter_groups(self.model).items():
+            matrices = [p for p in parameters if p.ndim > 1 and name != "core"]
+            vectors = [p for p in parameters if p.ndim <= 1 or name == "core"]
+            for chosen, decay in ((matrices, self.weight_decay), (vectors, 0.0)):
+                if chosen:
+                    groups.append(
+                        {
+                            "params": chosen,
+                            "lr": self.lrs[name],
+                            "peak": self.lrs[name],
+                            "weight_decay": decay,
+                            "name": name,
+                        }
+                    )
+        optimiser = torch.optim.AdamW(groups)
+        if self.resume_optimiser is not None:
+            optimiser.load_state_dict(self.resume_optimiser)
+            self.resume_optimiser = None
+        return optimiser
+
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        accumulate = self.trainer.accumulate_grad_batches
+        return math.ceil(int(self.trainer.num_training_batches) / accumulate)
+
+    # -- training ---------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """Start the mean of the training loss anew."""
+        self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._pending = []
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout and stochastic depth from (seed, batch number, rank)."""
+        number = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        torch.manual_seed(step_seed(self.seed, number, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss over the images of all processes, as this process's share of it."""
+        losses = self._losses(self(batch["image"]), batch["label"])
+        world = self.trainer.world_size
+        count = torch.tensor(float(len(losses)), device=losses.device)
+        local, mean = losses.sum(), losses.mean()
+        if world > 1:
+            # The last batch is filled up so that all processes make the same steps; the repeated
+            # images count nothing. DDP averages gradients over processes: weighting by the images
+            # of each keeps the result equal to one process's, also in an uneven batch.
+            place = batch_idx * self.batch_size + torch.arange(len(losses), device=losses.device)
+            real = (place * world + self.global_rank) < self.train_images
+            local, count = (losses * real).sum(), real.sum().to(losses)
+            total = count.clone()
+            torch.distributed.all_reduce(total)
+            mean = local * world / total
+        if self._totals is not None:
+            self._totals += torch.stack([local.detach(), count])
+        self._pending.append(mean.detach())
+        # Lightning divides by `accumulate`; the last window of an epoch may be shorter.
+        window = self.trainer.accumulate_grad_batches
+        start = batch_idx // window * window
+        steps = min(window, int(self.trainer.num_training_batches) - start)
+        return mean * (window / steps)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rates, refuse non-finite numbers, clip.
+
+        Raises:
+            WaraError: kind "nonfinite", before the update, on every process at once.
+        """
+        per_epoch = self.steps_per_epoch()
+        factor = schedule(
+            self.optimiser_step_count,
+            total=self.epochs * per_epoch,
+            warmup=round(self.warmup_epochs * per_epoch),
+        )
+        parameters = []
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+            parameters += group["params"]
+        self.last_lr = self.lrs["adapter"] * factor
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss = torch.stack(self._pending).sum()
+        self._pending = []
+        # One vector, one wait for the device: is the loss bad, is the gradient bad, was a stop
+        # asked for. Processes must agree, or one would wait for the others for ever.
+        flags = torch.stack(
+            [
+                (~loss.isfinite()).float(),
+                (~norm.isfinite()).float(),
+                torch.tensor(float(self.stop_requested()), device=loss.device),
+            ]
+        )
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        bad_loss, bad_norm, stop = flags.tolist()
+        self.agreed_stop = int(stop)
+        if bad_loss or bad_norm:
+            what = "the loss" if bad_loss else "the gradient"
+            raise WaraError(
+                "nonfinite",
+                f"{what} is not finite; no update was made",
+                f"epoch {self.current_epoch + 1}, step {self.optimiser_step_count + 1}",
+                _GRAD_REMEDY,
+            )
+        if self.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        self.optimiser_step_count += 1
+
+    def mean_train_loss(self) -> float | None:
+        """Mean training loss of the epoch over the images of all processes."""
+        if self._totals is None:
+            return None
+        totals = self._totals.clone()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        total, count = totals.tolist()
+        return total / count if count else None
+
+    # -- validation -------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the previous epoch's predictions."""
+        self._seen = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep logits, labels, losses and indices of the batch."""
+        logits = self(batch["image"]).float()
+        losses = self._losses(logits, batch["label"])
+        parts = (logits, batch["label"], losses, batch["index"])
+        self._seen.append(tuple(part.detach().cpu() for part in parts))  # type: ignore[arg-type]
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute `val_loss` and `val_metrics` over every validation image once.
+
+        Raises:
+            WaraError: kind "nonfinite", when a logit is not finite.
+        """
+        mine = [
+            np.concatenate([part[i].numpy() for part in self._seen]) if self._seen else None
+            for i in range(4)
+        ]
+        self._seen = []
+        everyone: list[Any] = [mine]
+        if self.trainer.world_size > 1:
+            everyone = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everyone, mine)
+        full = [parts for parts in everyone if parts[0] is not None]
+        logits, labels, losses, index = (
+            np.concatenate([parts[i] for parts in full]) for i in range(4)
+        )
+        # Order and multiplicity do not depend on how images were dealt to processes.
+        _, once = np.unique(index, return_index=True)
+        if not np.isfinite(logits).all():
+            raise WaraError(
+                "nonfinite",
+                "the model gives outputs that are not finite",
+                f"validation after epoch {self.current_epoch + 1}",
+                _GRAD_REMEDY,
+            )
+        self.val_loss = float(losses[once].astype(np.float64).mean())
+        self.val_metrics = point_metrics(
+            labels[once],
+            probabilities(logits[once], self.task),
+            task=self.task,
+            classes=self.classes,
+        )
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return loss_per_image(
+            logits, labels, loss=self.loss, weights=self.weights, gamma=self.gamma,
+            smoothing=self.smoothing,
+        )  # fmt: skip
