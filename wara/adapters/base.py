@@ -43,6 +43,9 @@ class AdapterLayer(nn.Module):
         """Return the output `[b, n, o]` of the layer with its update, for input `[b, n, d]`."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
+    def attach(self, linear: AdaptedLinear) -> None:
+        """Take note of the layer it now sits on; most adapters need not know it."""
+
 
 class WeightDomainLayer(AdapterLayer):
     """An adapter whose update is a change of the weight, so it can be merged."""
@@ -161,6 +164,7 @@ class AdaptedLinear(nn.Linear):
         self.bias = base.bias
         self.training = base.training
         self.adapter = adapter
+        adapter.attach(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted output `[…, o]` for input `[…, d]`."""
@@ -199,6 +203,8 @@ class Method:
     summary: ClassVar[str]
     mergeable: ClassVar[bool] = True
     """Whether a trained model can always be merged into a plain one."""
+    reversible: ClassVar[bool] = False
+    """Whether the base parameters that train are few enough to keep a copy of, for `unload`."""
 
     def prepare(self, model: nn.Module) -> None:
         """Put the adapter layers into `model`, in place."""
@@ -206,6 +212,30 @@ class Method:
     def trains(self, name: str, owner: nn.Module) -> bool:
         """Tell whether the base parameter `name`, which `owner` holds, trains."""
         return False
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return a term to add to the loss of every training step, or none.
+
+        Args:
+            model: the adapted model.
+        """
+        return None
+
+    def on_step(self, model: nn.Module, step: int, total_steps: int) -> None:
+        """Act after an optimiser step, while the gradients of that step are still there.
+
+        Args:
+            model: the adapted model.
+            step: optimiser steps done, from 1.
+            total_steps: optimiser steps of the whole training.
+        """
+
+    def training_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what `on_step` carries from step to step, for a checkpoint to resume from."""
+        return {}
+
+    def load_training_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Go on from what `training_state` returned; an empty state starts afresh."""
 
 
 def require(condition: bool, what: str, key: str, remedy: str) -> None:

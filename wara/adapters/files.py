@@ -152,5 +152,5 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
 
 def unload_quietly(model: nn.Module) -> None:
     """Take a freshly placed adapter off again, also where `unload` would refuse."""
-    if not record_of(model).base:
+    if record_of(model).removable:
         unload(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from wara.adapters.base import (
     WeightDomainLayer,
     plain_linear,
 )
+from wara.adapters.budget import fit
 from wara.adapters.targets import adapted_layers, remove
 from wara.errors import WaraError
 
@@ -28,14 +29,23 @@ class Record:
     """What `adapt` did to a model.
 
     Args:
-        method: the options.
+        method: the options; where a budget was set, those fitted to it.
         head: names of the classifier's parameters.
         base: names of the base parameters that train (full fine-tuning and its kin).
+        originals: values of these before training, for methods that change few.
+        budget: where one was set: wanted and fitted number of adapter parameters.
     """
 
     method: Method
     head: tuple[str, ...]
     base: tuple[str, ...]
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    budget: tuple[int, int] | None = None
+
+    @property
+    def removable(self) -> bool:
+        """Whether the model as it was before can be had back."""
+        return not self.base or bool(self.originals)
 
 
 def adapt(model: nn.Module, method: Method) -> nn.Module:
@@ -59,6 +69,11 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
     if hasattr(model, RECORD):
         remedy = "call wara.unload(model) first"
         raise WaraError("config", "the model carries an adapter already", remedy=remedy)
+    wanted: str | None = getattr(method, "budget", None)
+    budget = None
+    if wanted is not None:
+        method, *numbers = fit(method, model, wanted)
+        budget = (numbers[0], numbers[1])
     head_ids = {id(p) for module in _classifiers(model) for p in module.parameters()}
     head = tuple(name for name, p in model.named_parameters() if id(p) in head_ids)
     # Decided before the adapter's own parameters come in, for these are not the base's.
@@ -68,7 +83,9 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
         if name not in head and method.trains(name, owner_of(model, name))
     )
     method.prepare(model)
-    setattr(model, RECORD, Record(method, head, base))
+    kept = base if method.reversible else ()
+    originals = {name: model.get_parameter(name).detach().clone() for name in kept}
+    setattr(model, RECORD, Record(method, head, base, originals, budget))
     model.requires_grad_(False)
     for parameter in trainable_parameters(model).values():
         parameter.requires_grad_(True)
@@ -234,9 +251,13 @@ def unload(model: nn.Module) -> nn.Module:
     Raises:
         WaraError: kind `config` when the model is not adapted, or its base weights were trained.
     """
-    if record_of(model).base:
-        what = f"{record_of(model).method.name} changes the base weights themselves"
+    record = record_of(model)
+    if not record.removable:
+        what = f"{record.method.name} changes the base weights themselves"
         raise WaraError("config", what, remedy="build the model anew")
+    with torch.no_grad():
+        for name, value in record.originals.items():
+            model.get_parameter(name).copy_(value)
     for name, layer in adapted_layers(model).items():
         remove(model, name, layer.plain())
     return _forget(model)
@@ -268,13 +289,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the persistent buffers of the adapter layers; those that layers share once."""
     found: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, AdapterLayer):
-            kept = module.state_dict(keep_vars=True)
-            found.update(
-                {f"{path}.{n}": t for n, t in kept.items() if not isinstance(t, nn.Parameter)}
-            )
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if not isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{path}.{name}"] = tensor
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from wara.adapters.base import AdaptedLinear, AdapterLayer, Method, Rows
+from wara.adapters.budget import parse_budget
 from wara.errors import WaraError, suggest
 
 FUSED = frozenset({"qkv"})
@@ -130,7 +131,9 @@ def find_targets(model: nn.Module, targets: Sequence[str], blocks: Blocks = "all
             remedy = "give path patterns, such as '*.query'"
             what = f"{type(model).__name__} has no blocks to look for {short} in"
             raise WaraError("config", what, "adapter.targets", remedy)
-        prefixes = tuple(f"blocks.{i}." for i in block_indices(blocks, len(stack)))
+        # By name, for a slice of a larger stack keeps the numbers of its blocks.
+        names = [name for name, _ in stack.named_children()]
+        prefixes = tuple(f"blocks.{names[i]}." for i in block_indices(blocks, len(names)))
         for name, linear in linears.items():
             if name.startswith(prefixes):
                 ranges = _short_ranges(name.rsplit(".", 1)[-1], linear, short)
@@ -245,10 +248,13 @@ class TargetedMethod(Method):
     Args:
         targets: short names (`q k v o qkv fc1 fc2`) or path patterns.
         blocks: `all`, `last_N` or block numbers.
+        budget: size to reach in place of the method's own, as a multiple of a LoRA: `lora_r4`,
+            `0.8*lora_r1`; see `wara.adapters.budget`.
     """
 
     targets: tuple[str, ...] = ATTENTION
     blocks: Blocks = "all"
+    budget: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -257,10 +263,16 @@ class TargetedMethod(Method):
         object.__setattr__(self, "targets", tuple(self.targets))
         if isinstance(self.blocks, list):
             object.__setattr__(self, "blocks", tuple(self.blocks))
+        if self.budget is not None:
+            parse_budget(self.budget)
+
+    def find(self, model: nn.Module) -> list[Target]:
+        """Return the targets in `model`."""
+        return find_targets(model, self.targets, self.blocks)
 
     def prepare(self, model: nn.Module) -> None:
         """Put the adapter layers into `model`, in place."""
-        found = find_targets(model, self.targets, self.blocks)
+        found = self.find(model)
         layers = self.build(model, found)
         for target, layer in zip(found, layers, strict=True):
             place(model, target, layer)
