@@ -53,11 +53,14 @@ def test_imports_go_one_way(path):
         return  # re-exports on first use; see the test of what `import wara` loads
     for name, line in imports(path):
         head, *rest = name.split(".")
-        if head != "wara" or rest == ["__version__"]:
+        if head != "wara" or rest in ([], ["__version__"]):
             continue
-        assert rest and rest[0] in ROOMS, f"{path}:{line} goes round by the package: {name}"
+        assert rest[0] in ROOMS, f"{path}:{line} goes round by the package: {name}"
         allowed = ROOMS[: ROOMS.index(room) + 1]
         assert rest[0] in allowed, f"{path}:{line}: {room} may not import {rest[0]}"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "wara":
+            assert node.attr in ("__file__", "__version__"), f"{path}:{node.lineno}: wara.{node.attr}"
 
 
 @each_file
@@ -157,7 +160,7 @@ def test_weights_are_never_loaded_in_part(path):
 
 @each_file
 def test_files_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 480
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
 def test_train_py_only_parses_and_calls():
