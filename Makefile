@@ -34,6 +34,7 @@ lint: $(READY)
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wara needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
+	@echo "installing the pinned packages into .venv: several minutes, 7 GB"
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@

@@ -60,7 +60,8 @@ def test_imports_go_one_way(path):
         assert rest[0] in allowed, f"{path}:{line}: {room} may not import {rest[0]}"
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "wara":
-            assert node.attr in ("__file__", "__version__"), f"{path}:{node.lineno}: wara.{node.attr}"
+            where = f"{path}:{node.lineno}: wara.{node.attr}"
+            assert node.attr in ("__file__", "__version__"), where
 
 
 @each_file
