@@ -25,7 +25,7 @@ class Preset:
         why: what the modality allows, for people.
         horizontal_flip: mirror left and right, every second image.
         vertical_flip: mirror top and bottom, every second image.
-        quarter_turns: turn by a multiple of 90 degrees.
+        quarter_turns: turn square images by a multiple of 90 degrees.
         degrees: largest rotation either way.
         scale: largest relative change of size either way.
         shift: largest displacement, relative to the side.
@@ -130,20 +130,22 @@ class Augment:
 
     def __init__(self, preset: Preset) -> None:
         self.preset = preset
-        self._pipeline: Any = None
+        self._pipelines: dict[bool, Any] = {}
 
     def __call__(self, array: np.ndarray, seed: int) -> np.ndarray:
         """Return the augmented image, uint8 `[h, w, 3]`; the same for the same seed."""
-        if self._pipeline is None:
-            self._pipeline = _compose(self.preset)
-        if not self._pipeline.transforms:
+        square = array.shape[0] == array.shape[1]
+        if square not in self._pipelines:
+            self._pipelines[square] = _compose(self.preset, square)
+        pipeline = self._pipelines[square]
+        if not pipeline.transforms:
             return array
-        self._pipeline.set_random_seed(int(seed) % 2**32)
-        return self._pipeline(image=np.ascontiguousarray(array))["image"]
+        pipeline.set_random_seed(int(seed) % 2**32)
+        return pipeline(image=np.ascontiguousarray(array))["image"]
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker builds its own pipeline.
-        return {"preset": self.preset, "_pipeline": None}
+        return {"preset": self.preset, "_pipelines": {}}
 
 
 def build_augment(preset: str) -> Augment:
@@ -162,14 +164,14 @@ def build_augment(preset: str) -> Augment:
     return Augment(PRESETS[preset])
 
 
-def _compose(preset: Preset) -> Any:
+def _compose(preset: Preset, square: bool) -> Any:
     # It calls its maker's server when it is imported.
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     import albumentations as A
     import cv2
 
     steps: list[Any] = []
-    if preset.quarter_turns:
+    if preset.quarter_turns and square:  # otherwise the sides would trade lengths
         steps.append(A.RandomRotate90(p=1.0))
     if preset.horizontal_flip:
         steps.append(A.HorizontalFlip(p=0.5))

@@ -47,9 +47,10 @@ def stratify(
 ) -> np.ndarray:
     """Deal groups to splits so that each split gets its share of each class.
 
-    Greedy: groups that hold rare classes first, then large ones, each to the split that lacks most
-    of what the group holds (iterative stratification, Sechidis et al. 2011, with groups). Any
-    class of at least as many groups as splits is present in every split.
+    First greedily: groups that hold rare classes first, then large ones, each to the split that
+    lacks most of what the group holds (iterative stratification, Sechidis et al. 2011, with
+    groups). Then single groups move, as long as that brings class counts and sizes nearer to what
+    is wanted. Without groups, a class of at least as many images as splits is in every split.
 
     Args:
         labels: int `[n]`, or 0/1 `[n, c]`.
@@ -62,36 +63,66 @@ def stratify(
     """
     n = len(groups)
     table = _one_hot(labels)
-    counts = np.zeros((int(groups.max(initial=-1)) + 1, table.shape[1]))
-    np.add.at(counts, groups, table)
-    sizes = np.bincount(groups, minlength=len(counts)).astype(float)
-    class_totals = counts.sum(0)
-    holders = (counts > 0).sum(0)
-
+    # Classes, and the plain number of images as one column more.
+    items = np.hstack([table, np.ones((n, 1))])
+    counts = np.zeros((int(groups.max(initial=-1)) + 1, items.shape[1]))
+    np.add.at(counts, groups, items)
     share = np.asarray(fractions, float)[:, None]
-    wanted = share * class_totals  # [splits, classes]
+    wanted = share * counts.sum(0)  # [splits, columns]
     # One of each class for every split, where there are groups enough; the largest split pays.
-    floor = np.where((holders >= len(fractions)) & (share > 0), 1.0, 0.0)
+    enough = (counts > 0).sum(0) >= len(fractions)
+    wanted = np.maximum(wanted, np.where(enough & (share > 0), 1.0, 0.0))
     largest = int(np.argmax(fractions))
-    wanted = np.maximum(wanted, floor)
-    wanted[largest] += class_totals - wanted.sum(0)
-    room = share[:, 0] * n
+    wanted[largest] += counts.sum(0) - wanted.sum(0)
 
     rng = np.random.default_rng(np.random.SeedSequence([seed, n]))
-    shuffled = rng.permutation(len(counts))
-    rarest = np.where(counts > 0, class_totals, np.inf).min(1, initial=np.inf)
-    order = shuffled[np.lexsort((-sizes[shuffled], rarest[shuffled]))]
-    weight = counts / np.maximum(class_totals, 1)
+    order = rng.permutation(len(counts))
     chosen = np.zeros(len(counts), np.int64)
+    _deal(counts, wanted, order, chosen)
+    # In shuffled order, so that which of several equal groups moves depends on the seed.
+    moved = chosen[order]
+    _improve(counts[order], wanted, moved)
+    chosen[order] = moved
+    return chosen[groups]
+
+
+def _deal(counts: np.ndarray, wanted: np.ndarray, shuffled: np.ndarray, chosen: np.ndarray) -> None:
+    totals = counts.sum(0)
+    rarest = np.where(counts > 0, totals, np.inf).min(1, initial=np.inf)
+    order = shuffled[np.lexsort((-counts[shuffled, -1], rarest[shuffled]))]
+    weight = counts / np.maximum(totals, 1)
+    weight[:, -1] *= 1e-6  # size breaks ties between splits that lack as much of the classes
+    need = wanted.copy()
+    closed = wanted[:, -1] <= 0
     for group in order:
-        # Room breaks ties between splits that lack as much of the classes.
-        score = wanted @ weight[group] + 1e-6 * room / max(n, 1)
-        score[share[:, 0] == 0] = -np.inf
+        score = need @ weight[group]
+        score[closed] = -np.inf
         split = int(np.argmax(score))
         chosen[group] = split
-        wanted[split] -= counts[group]
-        room[split] -= sizes[group]
-    return chosen[groups]
+        need[split] -= counts[group]
+
+
+def _improve(counts: np.ndarray, wanted: np.ndarray, chosen: np.ndarray, steps: int = 200) -> None:
+    """Make the best single move, again and again, on a chi-squared cost."""
+    weight = np.where(wanted > 0, 1 / np.maximum(wanted, 1), 0.0)
+    need = wanted.copy()
+    np.subtract.at(need, chosen, counts)
+    for _ in range(steps):
+        # Cost of `need` is sum(weight * need ** 2): giving x to a split changes it by
+        # sum(weight * (x ** 2 - 2 * x * need)).
+        square = (counts**2) @ weight.T  # [groups, splits]
+        cross = 2 * counts @ (weight * need).T
+        take, leave = square - cross, square + cross
+        own = leave[np.arange(len(counts)), chosen]
+        gain = -(take + own[:, None])
+        gain[np.arange(len(counts)), chosen] = -np.inf
+        gain[:, wanted[:, -1] <= 0] = -np.inf
+        group, split = np.unravel_index(int(np.argmax(gain)), gain.shape)
+        if gain[group, split] <= 1e-9:
+            return
+        need[chosen[group]] += counts[group]
+        need[split] -= counts[group]
+        chosen[group] = split
 
 
 def _one_hot(labels: np.ndarray) -> np.ndarray:

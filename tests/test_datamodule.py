@@ -1,0 +1,205 @@
+"""Batches: right pixels, counted order, nothing that depends on workers or processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from wara.cards import Card
+from wara.data import ImageSet, Record
+from wara.data.augment import build_augment
+from wara.data.datamodule import CountedSampler, ImageDataModule, augment_seed, epoch_order
+from wara.data.imageset import ArrayReader
+from wara.images import ImageSpec, resize
+
+SPEC = ImageSpec((16, 20), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear")
+
+
+def image_set(n: int = 23, task: str = "binary") -> ImageSet:
+    rng = np.random.default_rng(0)
+    stack = rng.integers(0, 256, (n, 24, 28, 3), dtype=np.uint8)
+    card = Card.model_validate(
+        {
+            "name": "set",
+            "title": "Set",
+            "task": task,
+            "classes": [{"name": f"c{i}", "meaning": ""} for i in range(2)],
+            "source": {"kind": "folder"},
+            "augment": "fundus",
+        }
+    )
+    labels = [(i % 2, i % 3 == 0) if task == "multilabel" else i % 2 for i in range(n)]
+    records = [Record(f"{i}.png", label) for i, label in enumerate(labels)]
+    return ImageSet(card, records, ArrayReader([stack]))
+
+
+def module(n: int = 23, *, world: int = 1, rank: int = 0, task="binary", **options):
+    splits = ["train"] * (n - 8) + ["val"] * 5 + ["test"] * 3
+    given = {"batch_size": 4, "workers": 0, "augment": "auto", "seed": 7} | options
+    data = ImageDataModule(image_set(n, task), splits, spec=SPEC, **given)
+    if world > 1:
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world, current_epoch=0)
+    return data
+
+
+def indices(loader) -> list[int]:
+    return [i for batch in loader for i in batch["index"].tolist()]
+
+
+def stack(loader) -> torch.Tensor:
+    return torch.cat([batch["image"] for batch in loader])
+
+
+def test_batches_have_the_agreed_form():
+    data = module()
+    assert data.preset == "fundus"
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"image", "label", "index"}
+    assert batch["image"].shape == (4, 3, 16, 20) and batch["image"].dtype == torch.float32
+    assert batch["label"].dtype == torch.int64 and batch["index"].dtype == torch.int64
+    assert batch["label"].tolist() == [i % 2 for i in batch["index"].tolist()]
+    batch = next(iter(module(task="multilabel").train_dataloader()))
+    assert batch["label"].dtype == torch.float32 and batch["label"].shape == (4, 2)
+
+
+def test_evaluation_images_are_the_one_image_path():
+    data = module()
+    for loader, first in ((data.val_dataloader(), 15), (data.test_dataloader(), 20)):
+        for batch in loader:
+            for image, index in zip(batch["image"], batch["index"].tolist(), strict=True):
+                array = resize(data.image_set.read(index), (16, 20), "bilinear")
+                expected = (array / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)
+                np.testing.assert_allclose(image, expected.transpose(2, 0, 1), atol=1e-5)
+        assert indices(loader)[0] == first
+    assert indices(data.val_dataloader()) == list(range(15, 20))
+    assert indices(data.test_dataloader()) == list(range(20, 23))
+    assert indices(data.eval_dataloader("train")) == list(range(15))
+
+
+def test_an_epoch_is_a_permutation_from_seed_and_epoch():
+    data = module()
+    loader = data.train_dataloader()
+    first = indices(loader)
+    assert sorted(first) == list(range(15)) and first == epoch_order(15, 7, 0).tolist()
+    assert [len(b["index"]) for b in loader] == [4, 4, 4, 3]  # the rest is not dropped
+    data.set_epoch(1)
+    second = indices(loader)
+    assert sorted(second) == list(range(15)) and second != first
+    # Straight to epoch 1, as after an interruption.
+    again = module()
+    again.set_epoch(1)
+    assert indices(again.train_dataloader()) == second
+    assert indices(module(seed=8).train_dataloader()) != first
+
+
+def test_augmentation_follows_from_seed_epoch_and_index():
+    data = module()
+    loader = data.train_dataloader()
+    pixels = {}
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        for batch in loader:
+            for image, index in zip(batch["image"], batch["index"].tolist(), strict=True):
+                array = resize(data.image_set.read(index), (16, 20), "bilinear")
+                array = build_augment("fundus")(array, augment_seed(7, epoch, index))
+                expected = (array / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)
+                np.testing.assert_allclose(image, expected.transpose(2, 0, 1), atol=1e-5)
+                pixels[epoch, index] = image
+    assert all(not torch.equal(pixels[0, i], pixels[1, i]) for i in range(15))
+    seeds = {augment_seed(s, e, i) for s in range(5) for e in range(5) for i in range(5)}
+    assert len(seeds) == 125
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers):
+    alone, helped = module(), module(workers=workers)
+    one, many = alone.train_dataloader(), helped.train_dataloader()
+    for epoch in (0, 1, 2):
+        alone.set_epoch(epoch)
+        helped.set_epoch(epoch)
+        for left, right in zip(one, many, strict=True):
+            assert torch.equal(left["index"], right["index"])
+            assert torch.equal(left["image"], right["image"])
+    assert torch.equal(stack(alone.val_dataloader()), stack(helped.val_dataloader()))
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    for loader in (module().train_dataloader(), module().val_dataloader()):
+        list(loader)
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_memory_is_not_written_by_augmentation():
+    data = module()
+    before = stack(data.eval_dataloader("train"))
+    list(data.train_dataloader())
+    assert torch.equal(stack(data.eval_dataloader("train")), before)
+
+
+@pytest.mark.parametrize("n", [22, 23, 24])
+def test_processes_share_the_batches_of_one(n):
+    world = 2
+    whole = [b["index"].tolist() for b in module(n, batch_size=8).train_dataloader()]
+    parts = [
+        [b["index"].tolist() for b in module(n, batch_size=4, world=2, rank=r).train_dataloader()]
+        for r in range(world)
+    ]
+    assert len(parts[0]) == len(parts[1])  # nobody waits for a step that never comes
+    for step, batch in enumerate(whole):
+        together = parts[0][step] + parts[1][step]
+        repeats = len(together) - len(batch)
+        assert set(together) >= set(batch) and repeats <= (step == len(whole) - 1)
+
+
+def test_repeated_evaluation_images_are_known_by_their_index():
+    found = [indices(module(world=2, rank=r).val_dataloader()) for r in range(2)]
+    assert len(found[0]) == len(found[1]) == 3
+    assert sorted(set(found[0] + found[1])) == list(range(15, 20))
+    assert sorted(found[0] + found[1]) == [15, 15, 16, 17, 18, 19]  # the first one twice
+
+
+def test_more_processes_than_images():
+    samplers = [CountedSampler([4, 5], seed=0, shuffle=False, rank=r, world=5) for r in range(5)]
+    assert [[i for _, i in s] for s in samplers] == [[4], [5], [4], [5], [4]]
+
+
+def test_lightning_keeps_the_sampler_and_drives_the_epoch():
+    import pytorch_lightning as pl
+
+    seen: list[list[int]] = []
+
+    class Task(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def on_train_epoch_start(self):
+            seen.append([])
+
+        def training_step(self, batch, _):
+            seen[-1] += batch["index"].tolist()
+            return self.layer(batch["image"].mean().view(1, 1)).sum()
+
+        def validation_step(self, batch, _):
+            return None
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Task(), datamodule=module())
+    assert seen == [epoch_order(15, 7, epoch).tolist() for epoch in range(3)]
+
+
+def test_class_counts():
+    assert module().class_counts("train").tolist() == [8, 7]
+    assert module(task="multilabel").class_counts("val").tolist() == [3, 2]
