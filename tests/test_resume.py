@@ -1,0 +1,236 @@
+"""A run that was killed or stopped and resumed ends bit-identical to one that was not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_helpers import adapter_bytes, spawn, tiny_config
+
+from wara.config import RunConfig
+from wara.errors import WaraError
+from wara.training.checkpoints import SafeCheckpointIO
+from wara.training.run import run
+from wara.training.signals import Stopped
+from wara.training.task import FineTuning
+
+EPOCHS = 4
+# What differs between two runs of the same config: clocks, and the memory of the process.
+TIMES = {"seconds", "peak_memory_mb"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with data, weights and `run`, which was trained without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(_config(folder), quiet=True)
+    return folder
+
+
+def _config(folder: Path, **changes: Any) -> RunConfig:
+    # Dropout, stochastic depth, augmentation, accumulation with a short last window: everything
+    # that draws numbers or counts.
+    return tiny_config(
+        folder, epochs=EPOCHS, accumulate=2, patience=3, backbone__drop_path_rate=0.1,
+        adapter={"method": "wara", "rank": 2, "level": 1, "dropout": 0.1}, **changes,
+    )  # fmt: skip
+
+
+def _stop_at(monkeypatch: pytest.MonkeyPatch, batch: int, how: Any) -> None:
+    """Call `how` in training batch number `batch` (0-based, over all epochs)."""
+    original, seen = FineTuning.training_step, []
+
+    def step(self: FineTuning, *args: Any) -> torch.Tensor:
+        seen.append(0)
+        if len(seen) == batch + 1:
+            how()
+        return original(self, *args)
+
+    monkeypatch.setattr(FineTuning, "training_step", step)
+
+
+def _assert_same(one: Path, two: Path) -> None:
+    assert adapter_bytes(one) == adapter_bytes(two)
+    for name in ("predictions_val.csv", "predictions_test.csv", "splits.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    for content in metrics:
+        for key in TIMES:
+            del content[key]
+    assert metrics[0] == metrics[1]
+    curves = []
+    for path in (one, two):
+        with (path / "metrics.csv").open() as handle:
+            curves.append([{**row, "seconds": ""} for row in csv.DictReader(handle)])
+    assert curves[0] == curves[1] and len(curves[0]) >= 1
+    states = [SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")
+              for run in (one, two)]  # fmt: skip
+    for name, tensor in states[0]["state"].items():
+        assert torch.equal(tensor, states[1]["state"][name]), name
+
+
+@pytest.mark.parametrize("batch", [1, 6, 14])
+def test_stopped_and_resumed_is_bit_identical(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = _config(whole, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        _stop_at(patch, batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped) as caught:
+            run(config)
+    assert caught.value.code == 143
+    assert "go on with --resume" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert record["status"] == "interrupted"
+    assert not (tmp_path / "run" / ".lock").exists()
+    assert run(config, resume=True, quiet=True) == tmp_path / "run"
+    _assert_same(whole / "run", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert record["status"] == "finished" and len(record["started"]) == 2
+
+
+def test_resume_draws_new_numbers_only_where_counted(whole: Path, tmp_path: Path) -> None:
+    """The same run again, with another state of the global generators: nothing leaks in."""
+    torch.manual_seed(12345)
+    random.seed(5)
+    torch.rand(1000)
+    run(_config(whole, out=str(tmp_path / "run")), quiet=True)
+    _assert_same(whole / "run", tmp_path / "run")
+    run(_config(whole, out=str(tmp_path / "other"), seed=1), quiet=True)
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(4))
+def test_killed_at_a_random_moment_and_resumed_with_workers(
+    whole: Path, tmp_path: Path, attempt: int
+) -> None:
+    config = _config(whole, out=str(tmp_path / "run"))
+    # The kill must fall into training: slow the steps down, and count from the first epoch's log.
+    slow = (
+        "import time\nfrom wara.training.task import FineTuning\n"
+        "step = FineTuning.training_step\n"
+        "FineTuning.training_step = lambda self, b, i: (time.sleep(0.1), step(self, b, i))[1]\n"
+    )
+    process = spawn(config, slow)
+    _wait_for(tmp_path / "run" / "train.log", process)
+    time.sleep(random.Random(attempt).uniform(0.0, 2.5))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    again = spawn(_config(whole, out=str(tmp_path / "run"), data__workers=attempt % 3), resume=True)
+    out, err = again.communicate(timeout=300)
+    assert again.returncode == 0, out + err
+    _assert_same(whole / "run", tmp_path / "run")
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("survivor", ["last", "neither"])
+def test_a_kill_between_the_two_checkpoints(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survivor: str
+) -> None:
+    """`last` of a best epoch is written and `best` is not, or the epoch is lost altogether."""
+    config = _config(whole, out=str(tmp_path / "run"))
+    original = SafeCheckpointIO.save_checkpoint
+    wanted = "best.ckpt" if survivor == "last" else "last.ckpt"
+
+    def save(self: SafeCheckpointIO, content: dict, path: Path, options: Any = None) -> None:
+        if Path(path).name == wanted:
+            raise KeyboardInterrupt
+        original(self, content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeCheckpointIO, "save_checkpoint", save)
+        with pytest.raises(BaseException):  # noqa: B017  (Lightning turns it into SystemExit)
+            run(config, quiet=True)
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == (survivor == "last")
+    assert not (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+    run(config, resume=True, quiet=True)
+    _assert_same(whole / "run", tmp_path / "run")
+
+
+def test_resume_of_a_finished_run_does_nothing(whole: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (whole / "run").rglob("*") if p.is_file()}
+    run(_config(whole), resume=True, quiet=True)
+    assert before == {p: p.stat().st_mtime_ns for p in (whole / "run").rglob("*") if p.is_file()}
+
+
+def test_resume_lists_every_difference(whole: Path) -> None:
+    with pytest.raises(WaraError) as caught:
+        run(_config(whole, lr=1e-3, batch_size=4, data__workers=2), resume=True, quiet=True)
+    assert caught.value.exit_code == 2
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert any("; batch_size;" in line for line in lines)
+    assert any("; lr;" in line for line in lines)
+
+
+@pytest.fixture
+def half(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """Config of a run that was stopped in its third epoch."""
+    config = _config(whole, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(config, quiet=True)
+    return config
+
+
+def test_resume_refuses_what_is_not_the_runs_own(half: RunConfig, whole: Path) -> None:
+    folder = Path(half.out or "")
+    last = folder / "checkpoints" / "last.ckpt"
+    intact = last.read_bytes()
+
+    last.write_bytes(intact[: len(intact) // 2])
+    with pytest.raises(WaraError) as caught:
+        run(half, resume=True, quiet=True)
+    assert caught.value.exit_code == 4 and "--overwrite" in caught.value.remedy
+
+    content = SafeCheckpointIO()
+    last.write_bytes(intact)
+    state = content.load_checkpoint(last)
+    for key, text in (("base_sha256", "weights"), ("data_sha256", "images"), ("classes", "class")):
+        changed = {**state, "identity": {**state["identity"], key: "0" * 64}}
+        content.save_checkpoint(changed, last)
+        with pytest.raises(WaraError, match=text) as caught:
+            run(half, resume=True, quiet=True)
+        assert caught.value.exit_code == 4
+
+    name = next(iter(state["state"]))
+    del state["state"][name]
+    content.save_checkpoint(state, last)
+    with pytest.raises(WaraError) as caught:
+        run(half, resume=True, quiet=True)
+    assert caught.value.exit_code == 4
+
+    last.write_bytes(intact)
+    run(half, resume=True, quiet=True)
+    _assert_same(whole / "run", folder)
+
+
+def test_a_checkpoint_holds_what_trains_and_no_more(whole: Path) -> None:
+    content = SafeCheckpointIO().load_checkpoint(whole / "run" / "checkpoints" / "last.ckpt")
+    names = set(content["state"])
+    assert {"head.weight", "head.bias"} <= names
+    assert not any(name.endswith(("qkv.weight", "mlp.fc1.weight")) for name in names)
+    size = sum(tensor.numel() for tensor in content["state"].values())
+    metrics = json.loads((whole / "run" / "metrics.json").read_text())
+    assert size == metrics["adapter_params"] + metrics["head_params"]
