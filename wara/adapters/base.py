@@ -46,6 +46,9 @@ class AdapterLayer(nn.Module):
     def attach(self, linear: AdaptedLinear) -> None:
         """Take note of the layer it now sits on; most adapters need not know it."""
 
+    def refresh(self) -> None:
+        """Recompute what follows from saved tensors, after these were loaded."""
+
 
 class WeightDomainLayer(AdapterLayer):
     """An adapter whose update is a change of the weight, so it can be merged."""
@@ -163,7 +166,7 @@ class AdaptedLinear(nn.Linear):
         self.weight = base.weight
         self.bias = base.bias
         self.training = base.training
-        self.adapter = adapter
+        self.adapter = adapter.train(base.training)
         adapter.attach(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ TOLERANCE = 0.1
 _GRAMMAR = re.compile(r"\s*(?:(?P<times>\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?lora_r(?P<rank>\d+)\s*")
 
 
-def parse_budget(text: str) -> float:
+def parse_budget(text: str | float) -> float:
     """Return a budget as a multiple of what LoRA of rank 1 trains.
 
     Args:
-        text: `lora_r<R>` or `<number>*lora_r<R>`, such as `lora_r4` or `0.8*lora_r1`.
+        text: `lora_r<R>` or `<number>*lora_r<R>`, such as `lora_r4` or `0.8*lora_r1`; a number
+            alone is a multiple of rank 1.
 
     Returns:
         `number · R`, above 0.
@@ -38,8 +39,10 @@ def parse_budget(text: str) -> float:
     """
     match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
     multiple = float(match["times"] or 1) * int(match["rank"]) if match else 0.0
+    if isinstance(text, int | float) and not isinstance(text, bool) and math.isfinite(text):
+        multiple = float(text)
     if multiple <= 0:
-        remedy = "write lora_r<rank> or <number>*lora_r<rank>, such as lora_r4 or 0.8*lora_r1"
+        remedy = "write lora_r<rank> or a multiple of it, such as lora_r4, 0.8*lora_r1 or 0.8"
         raise WaraError("config", f"budget {text!r} is not understood", "adapter.budget", remedy)
     return multiple
 
@@ -181,6 +184,10 @@ def _sum(number: Callable[[Any, Matrix], int]) -> Size:
     return lambda method, matrices: sum(number(method, m) for m in matrices)
 
 
+def _sparse(method: Any, matrices: Matrices) -> int:
+    return sum(method.counts([(m.o, m.d) for m in matrices]))
+
+
 def _entries(method: Any, matrices: Matrices) -> int:
     return min(m.d * m.o for m in matrices)
 
@@ -194,6 +201,8 @@ KNOBS: dict[str, Knob] = {
     "vera": Knob(_sum(lambda x, m: x.rank + m.o), _rank),
     "loha": Knob(_sum(lambda x, m: 2 * x.rank * (m.d + m.o)), _rank),
     "lokr": LoKrKnob(_lokr, _rank),
+    "waveft": Knob(_sparse, lambda x, value: replace(x, k=value), _entries),
+    "shira": Knob(_sparse, lambda x, value: replace(x, k=value), _entries),
     "fourierft": Knob(
         _sum(lambda x, m: x.n_frequency), lambda x, n: replace(x, n_frequency=n), _entries
     ),
@@ -217,7 +226,7 @@ def matrices_of(method: Any, model: nn.Module) -> list[Matrix]:
     ]
 
 
-def fit(method: Method, model: nn.Module, wanted: str) -> tuple[Method, int, int]:
+def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, int, int]:
     """Set a method's rank, `k` or `u` so that it trains as much as a LoRA would.
 
     Args:

@@ -69,7 +69,7 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
     if hasattr(model, RECORD):
         remedy = "call wara.unload(model) first"
         raise WaraError("config", "the model carries an adapter already", remedy=remedy)
-    wanted: str | None = getattr(method, "budget", None)
+    wanted: str | float | None = getattr(method, "budget", None)
     budget = None
     if wanted is not None:
         method, *numbers = fit(method, model, wanted)
@@ -82,6 +82,9 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
         for name, _ in model.named_parameters()
         if name not in head and method.trains(name, owner_of(model, name))
     )
+    if method.reversible and not base:
+        what = f"{type(model).__name__} has no parameters of the kind that '{method.name}' trains"
+        raise WaraError("config", what, "adapter.method", "choose another method")
     method.prepare(model)
     kept = base if method.reversible else ()
     originals = {name: model.get_parameter(name).detach().clone() for name in kept}
@@ -326,6 +329,9 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise WaraError("artefact", what, "; ".join(faults), remedy)
     for name, tensor in own.items():
         tensor.copy_(state[name])
+    for module in model.modules():
+        if isinstance(module, AdapterLayer):
+            module.refresh()
 
 
 def base_hash(model: nn.Module) -> str:

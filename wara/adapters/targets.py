@@ -254,7 +254,7 @@ class TargetedMethod(Method):
 
     targets: tuple[str, ...] = ATTENTION
     blocks: Blocks = "all"
-    budget: str | None = None
+    budget: str | float | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
