@@ -456,3 +456,24 @@ def test_real_images_are_read():
         for path in files:
             array = read_image(path)
             assert array.ndim == 3 and array.std() > 5
+
+
+def test_damaged_bytes_never_raise_anything_else():
+    import random
+
+    rng = random.Random(0)
+    seeds = [encode(Image.fromarray(colours()), fmt) for fmt in ("PNG", "JPEG", "TIFF")]
+    seeds += [encode(Image.fromarray(ramp(16)), "TIFF"), dicom(ramp(12), BitsStored=12)]
+    outcomes = set()
+    for _ in range(600):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(min(len(data), 700))] = rng.randrange(256)
+        try:
+            array = read_image(bytes(data))
+            assert array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3
+            outcomes.add("read")
+        except WaraError as error:
+            assert error.kind == "data"
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}

@@ -182,16 +182,26 @@ def to_tensor(
 
 
 def _read_pillow(data: bytes, where: str) -> np.ndarray:
-    # Pillow reports broken files by many exception types, and which one is no contract.
-    broken = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise WaraError("data", str(error), where, "export the image at a smaller size") from error
-    except broken as error:
+        return _decode_pillow(data, where)
+    except WaraError:
+        raise
+    except Image.UnidentifiedImageError as error:
         raise WaraError(
             "data", "not a readable PNG, JPEG, TIFF or DICOM", where, _CONVERT
         ) from error
+    except Image.DecompressionBombError as error:
+        raise WaraError("data", str(error), where, "export the image at a smaller size") from error
+    # Pillow reports damaged files by many exception types, and which one is no contract; each of
+    # those is one unreadable image to the caller, and the cause stays attached.
+    except Exception as error:
+        raise WaraError(
+            "data", f"damaged image: {error}", where, "copy it again from its origin"
+        ) from error
+
+
+def _decode_pillow(data: bytes, where: str) -> np.ndarray:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_size(image.width, image.height, where)
     # JPEG files of cameras hold a preview as a second picture; the first one is the photograph.
     frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
@@ -205,15 +215,8 @@ def _read_pillow(data: bytes, where: str) -> np.ndarray:
         and image.mode in _DEEP_MODES
         and getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0
     )
-    try:
-        image.load()
-        array = _to_rgb(ImageOps.exif_transpose(image), _declared_bits(data), where)
-    except Image.DecompressionBombError as error:
-        raise WaraError("data", str(error), where, "export the image at a smaller size") from error
-    except (*broken, MemoryError) as error:
-        raise WaraError(
-            "data", f"damaged image: {error}", where, "copy it again from its origin"
-        ) from error
+    image.load()
+    array = _to_rgb(ImageOps.exif_transpose(image), _declared_bits(data), where)
     return 255 - array if white_is_zero else array
 
 

@@ -251,11 +251,11 @@ def _duplicate_faults(
     if twins:
         copies = sum(len(indices) - 1 for indices in twins)
         notes.append(
-            f"{copies} images are exact copies of others"
+            f"exact copies of other images: {copies}"
             + (
-                f"; {official} lie in two splits, as the source has it: scores are optimistic"
+                f", {official} across splits, as the source has them: scores are optimistic"
                 if official
-                else "; copies stay in one split"
+                else ", kept in one split"
             )
         )
     contradictory = [
@@ -264,7 +264,7 @@ def _duplicate_faults(
     if contradictory:
         example = _named(records[index].file for index in contradictory[0])
         notes.append(
-            f"{len(contradictory)} sets of identical images carry different labels: {example}"
+            f"identical images with different labels: {len(contradictory)} times, first {example}"
         )
     return faults
 
