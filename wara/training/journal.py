@@ -178,6 +178,7 @@ class Journal(pl.Callback):
                 "identity": self.identity,
                 "state": state,
                 "optimiser": trainer.optimizers[0].state_dict(),
+                "method": module.method.training_state(module.model),
             },
             self.folder.last,
         )

@@ -162,6 +162,7 @@ class _Run:
         )
         if last is not None:
             load_adapter_state(module.model, last["state"])
+            module.method.load_training_state(module.model, last["method"])
             module.resume_optimiser = last["optimiser"]
             module.optimiser_step_count = self.progress.step
             if self.first:
@@ -289,7 +290,8 @@ class _Run:
         content = SafeCheckpointIO().load_checkpoint(path)
         check_identity(content.get("identity", {}), identity, str(path))
         names = {field.name for field in fields(Progress)}
-        if set(content.get("progress", {})) != names or not {"state", "optimiser"} <= set(content):
+        parts = {"state", "optimiser", "method"}
+        if set(content.get("progress", {})) != names or not parts <= set(content):
             raise WaraError(
                 "artefact", "the checkpoint lacks entries of this version", str(path),
                 "resume with the version of wara that wrote it, or start again with --overwrite",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wara.adapters import adapt, base_hash, count_parameters, method_from_options
+from wara.adapters.inject import record_of
 from wara.backbones import NANO, BackboneInfo, build_backbone
 from wara.config import RunConfig
 from wara.data import class_weights, gate, sources
@@ -194,9 +195,14 @@ def _model(config: RunConfig, images: sources.ImageSet) -> tuple[nn.Module, Back
     )
     torch.manual_seed(config.seed)
     method = method_from_options(config.adapter.method, config.adapter.options)
-    adapt(model, method)
-    options = ", ".join(f"{key}={value}" for key, value in _shown(method).items())
-    return model, info, f"{config.adapter.method}" + (f" ({options})" if options else "")
+    record = record_of(adapt(model, method))
+    options = ", ".join(f"{key}={value}" for key, value in _shown(record.method).items())
+    text = f"{config.adapter.method}" + (f" ({options})" if options else "")
+    if record.budget is not None:
+        wanted_size, size = record.budget
+        budget = config.adapter.options["budget"]
+        text += f"; budget {budget}: {wanted_size:,} parameters wanted, {size:,} got"
+    return model, info, text
 
 
 def _shown(method: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wara.adapters import parameter_groups
+from wara.adapters.inject import record_of
 from wara.errors import WaraError
 from wara.evaluation.metrics import point_metrics
 from wara.training.losses import loss_per_image
@@ -94,6 +95,7 @@ class FineTuning(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
+        self.method = record_of(model).method
         # Held in a tuple: the compiled wrapper shares the parameters of `model` and must not
         # register them a second time.
         self._run: tuple[Callable[[Tensor], Tensor]] = (
@@ -184,6 +186,9 @@ class FineTuning(pl.LightningModule):
             total = count.clone()
             torch.distributed.all_reduce(total)
             mean = local * world / total
+        penalty = self.method.penalty(self.model)
+        if penalty is not None:
+            mean = mean + penalty
         if self._totals is not None:
             self._totals += torch.stack([local.detach(), count])
         self._pending.append(mean.detach())
@@ -238,6 +243,12 @@ class FineTuning(pl.LightningModule):
         if self.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.optimiser_step_count += 1
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the method act on the gradients of the step."""
+        super().optimizer_step(*args, **kwargs)
+        total = self.epochs * self.steps_per_epoch()
+        self.method.on_step(self.model, self.optimiser_step_count, total)
 
     def mean_train_loss(self) -> float | None:
         """Mean training loss of the epoch over the images of all processes."""
