@@ -458,6 +458,18 @@ def test_real_images_are_read():
             assert array.ndim == 3 and array.std() > 5
 
 
+def test_patients_are_never_named(recwarn):
+    # An illegal birth date makes pydicom warn, value and all, when it is parsed.
+    data = dicom(
+        ramp(8, "uint8"), PatientName="Doe^Jane", PatientID="4711" * 15,
+        PatientBirthDate="19700101", WindowCenter="10", WindowWidth="0",
+    ).replace(b"19700101", b"1970xx01")  # fmt: skip
+    error = refused(data, "window")
+    told = str(error) + repr(error.__cause__) + "".join(str(w.message) for w in recwarn)
+    assert all(word not in told for word in ("Doe", "4711", "1970"))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_damaged_bytes_never_raise_anything_else():
     import random
 

@@ -272,6 +272,25 @@ def test_medmnist_file_in_the_cache(tmp_path, official):
     assert len({found.sha256(i) for i in range(17)}) == 17
 
 
+def test_huge_medmnist_arrays_are_mapped(tmp_path, official, monkeypatch):
+    path = npz(tmp_path / "cache/medmnist/retinamnist_224.npz")
+    official("retinamnist", path)
+    plain = open_("retinamnist", tmp_path)
+    monkeypatch.setattr(medmnist_files, "MAP_ABOVE", 8000)
+    for _ in range(2):  # unpacked, then found
+        mapped = open_("retinamnist", tmp_path)
+        assert isinstance(mapped.reader.arrays[0], np.memmap)
+        assert not isinstance(mapped.reader.arrays[1], np.memmap)
+        for index in range(17):
+            np.testing.assert_array_equal(mapped.read(index), plain.read(index))
+            assert mapped.sha256(index) == plain.sha256(index)
+    unpacked = [p for p in path.parent.iterdir() if p.is_dir()]
+    assert len(unpacked) == 1 and {p.name for p in unpacked[0].iterdir()} == {
+        "train_images.npy",
+        "test_images.npy",
+    }
+
+
 def test_medmnist_file_in_the_packages_own_folder(tmp_path, official):
     official("retinamnist", npz(tmp_path / "home/retinamnist_224.npz"))
     assert len(open_("retinamnist", tmp_path)) == 17

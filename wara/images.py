@@ -51,6 +51,37 @@ _RESAMPLING = {
 _CONVERT = "convert it to PNG, JPEG, TIFF or DICOM"
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _TIFF_PHOTOMETRIC = 262
+# The DICOM elements that pixels depend on. Nothing else is parsed, so that neither a warning nor an
+# error can carry a patient's name into a log.
+_DICOM_ELEMENTS = [
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "ModalityLUTSequence",
+    "WindowCenter",
+    "WindowWidth",
+    "VOILUTFunction",
+    "VOILUTSequence",
+    *(
+        f"{segmented}{colour}PaletteColorLookupTable{part}"
+        for colour in ("Red", "Green", "Blue")
+        for segmented, part in (("", "Descriptor"), ("", "Data"), ("Segmented", "Data"))
+    ),
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+    "PixelData",
+]
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -309,9 +340,11 @@ def _read_dicom(data: bytes, where: str) -> np.ndarray:
     import pydicom  # a second of import that PNG users should not pay for
 
     try:
-        header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+        header = pydicom.dcmread(
+            io.BytesIO(data), stop_before_pixels=True, specific_tags=_DICOM_ELEMENTS
+        )
         _check_dicom_header(header, where)
-        dataset = pydicom.dcmread(io.BytesIO(data))
+        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=_DICOM_ELEMENTS)
         if "PixelData" not in dataset:
             raise WaraError(
                 "data", "DICOM object without pixel data", where, "leave it out of the data set"
