@@ -191,7 +191,7 @@ def _array(archive: Any, key: str, path: Path) -> np.ndarray:
     """Read one array of an open `.npz`; a huge one is unpacked once and mapped into memory."""
     member = f"{key}.npy"
     size = archive.zip.getinfo(member).file_size
-    if size <= MAP_ABOVE:
+    if size <= MAP_ABOVE or not os.access(path.parent, os.W_OK):
         return archive[key]
     state = path.stat()
     # Named by size and time of the packed file, so that another file is unpacked anew.
@@ -203,9 +203,16 @@ def _array(archive: Any, key: str, path: Path) -> np.ndarray:
             with archive.zip.open(member) as packed, os.fdopen(handle, "wb") as stream:
                 shutil.copyfileobj(packed, stream, 1 << 22)
             os.replace(partial, unpacked)
-        except BaseException:
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise WaraError(
+                "storage",
+                f"cannot unpack {size / 1e9:.1f} GB: {reason}",
+                str(unpacked),
+                "make room there, or name another folder by data.cache",
+            ) from error
+        finally:
             Path(partial).unlink(missing_ok=True)
-            raise
     return np.load(unpacked, mmap_mode="r", allow_pickle=False)
 
 
