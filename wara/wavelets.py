@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from wara.errors import WaraError, suggest
 
 Taps = tuple[float, ...]
+Bank = tuple[Taps, Taps]
 
 BOUNDARIES = ("symmetric", "reflect", "periodic", "zero", "constant")
 
@@ -214,9 +215,9 @@ def _filters(wavelet: str) -> tuple[Taps, Taps, Taps, Taps]:
     return tuple(dec_lo), tuple(dec_hi), tuple(rec_lo), tuple(rec_hi)
 
 
-def filter_length(wavelet: str) -> int:
-    """Return the number of taps `L` of a wavelet's filters; PyWavelets makes it even."""
-    return len(_filters(wavelet)[0])
+def synthesis_taps(wavelet: str) -> Bank:
+    """Return the filters of reconstruction, low-pass and high-pass, each of even length `L`."""
+    return _filters(wavelet)[2:]
 
 
 def check_matrix(shape: tuple[int, int], wavelet: str, where: str = "adapter.wavelet") -> None:
@@ -230,34 +231,34 @@ def check_matrix(shape: tuple[int, int], wavelet: str, where: str = "adapter.wav
     Raises:
         WaraError: kind `config`.
     """
-    length = filter_length(wavelet)
+    length = len(_filters(wavelet)[0])
     if length > min(shape):
         what = f"wavelet {wavelet} has {length} taps, the matrix is {shape[0]}x{shape[1]}"
         remedy = "choose a wavelet no longer than the shorter side, such as haar"
         raise WaraError("config", what, where, remedy)
 
 
-def padded_side(side: int, wavelet: str) -> int:
+def padded_side(side: int, length: int) -> int:
     """Return how many coefficients, low and high together, stand for a side of `side` entries.
 
-    Zero extension gives `⌊(side + L - 1) / 2⌋` of each kind, so `side` itself for Haar and an even
-    side.
+    Zero extension gives `⌊(side + L - 1) / 2⌋` of each kind, so `side` itself for Haar (`L = 2`)
+    and an even side.
     """
-    return 2 * ((side + filter_length(wavelet) - 1) // 2)
+    return 2 * ((side + length - 1) // 2)
 
 
-def synthesis(bands: Tensor, wavelet: str, dim: int) -> Tensor:
+def synthesis(bands: Tensor, bank: Bank, dim: int) -> Tensor:
     """Reconstruct along one axis: `x_t = Σ_a lo_a h_{t-2a+L-2} + hi_a g_{t-2a+L-2}`.
 
     Args:
         bands: low half, then high half, along `dim`; `2 c` in all.
-        wavelet: name of a discrete wavelet, filters `h` and `g` of reconstruction.
+        bank: `h` and `g`, see `synthesis_taps`.
         dim: the axis, counted from the front.
 
     Returns:
         `2 c - L + 2` values along `dim`.
     """
-    _, _, low_taps, high_taps = _filters(wavelet)
+    low_taps, high_taps = bank
     half = len(low_taps) // 2
     low, high = bands.chunk(2, dim)
     size = low.shape[dim] - half + 1
@@ -274,16 +275,28 @@ def synthesis(bands: Tensor, wavelet: str, dim: int) -> Tensor:
     return torch.stack(phases, dim + 1).flatten(dim, dim + 1)
 
 
-def _correlate(x: Tensor, low_taps: Taps, high_taps: Taps, dim: int) -> Tensor:
-    """Return `Σ_m taps_m x_{2a+m-L+2}` along `dim` for both filters, low half first."""
-    length, side = len(low_taps), x.shape[dim]
+def synthesis_adjoint(x: Tensor, bank: Bank, dim: int) -> Tensor:
+    """Apply the transpose of `synthesis`, `lo_a = Σ_t x_t h_{t-2a+L-2}` and likewise `hi_a`.
+
+    A gradient goes through it on its way back. For orthogonal wavelets it is the transform itself,
+    for biorthogonal ones it is not.
+
+    Args:
+        x: values along `dim`; a side that the transform crops is filled with zeros.
+        bank: `h` and `g`, see `synthesis_taps`.
+        dim: the axis, counted from the front.
+
+    Returns:
+        `padded_side` values along `dim`, low half first.
+    """
+    length, side = len(bank[0]), x.shape[dim]
     count = (side + length - 1) // 2
     front, back = length - 2, 2 * count - side
     if front or back:
         edges = [0, 0] * (x.ndim - 1 - dim) + [front, back]
         x = nn.functional.pad(x, edges)
     bands = []
-    for taps in (low_taps, high_taps):
+    for taps in bank:
         total: Tensor | None = None
         for m, tap in enumerate(taps):
             part = x[(slice(None),) * dim + (slice(m, m + 2 * count - 1, 2),)]
@@ -291,23 +304,6 @@ def _correlate(x: Tensor, low_taps: Taps, high_taps: Taps, dim: int) -> Tensor:
         assert total is not None
         bands.append(total)
     return torch.cat(bands, dim)
-
-
-def synthesis_adjoint(x: Tensor, wavelet: str, dim: int) -> Tensor:
-    """Apply the transpose of `synthesis`: what a gradient goes through on its way back.
-
-    For orthogonal wavelets this is the transform itself, for biorthogonal ones it is not.
-
-    Args:
-        x: values along `dim`; a side that the transform crops is filled with zeros.
-        wavelet: name of a discrete wavelet.
-        dim: the axis, counted from the front.
-
-    Returns:
-        `padded_side` values along `dim`, low half first.
-    """
-    _, _, low_taps, high_taps = _filters(wavelet)
-    return _correlate(x, low_taps, high_taps, dim)
 
 
 def _swap_details(quadrants: Tensor) -> Tensor:
@@ -334,8 +330,9 @@ def dwt2(matrix: Tensor, wavelet: str = "haar") -> Tensor:
     """
     check_matrix((matrix.shape[0], matrix.shape[1]), wavelet)
     low_taps, high_taps, _, _ = _filters(wavelet)
-    taps = low_taps[::-1], high_taps[::-1]
-    return _swap_details(_correlate(_correlate(matrix, *taps, 0), *taps, 1))
+    # Analysis is the transpose of a synthesis with its own filters, turned round.
+    bank = low_taps[::-1], high_taps[::-1]
+    return _swap_details(synthesis_adjoint(synthesis_adjoint(matrix, bank, 0), bank, 1))
 
 
 def idwt2(
@@ -355,6 +352,6 @@ def idwt2(
     Raises:
         WaraError: kind `config` for an unknown wavelet.
     """
-    rows = synthesis(_swap_details(quadrants), wavelet, 0)
-    matrix = synthesis(rows, wavelet, 1)
+    bank = synthesis_taps(wavelet)
+    matrix = synthesis(synthesis(_swap_details(quadrants), bank, 0), bank, 1)
     return matrix if shape is None else matrix[: shape[0], : shape[1]]

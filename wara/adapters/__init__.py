@@ -17,6 +17,7 @@ from wara.adapters.inject import (
 from wara.adapters.lora import LoRA
 from wara.adapters.methods import METHODS, method_from_options, method_options, option_faults
 from wara.adapters.probes import Full, LinearProbe
+from wara.adapters.sparse import SHiRA, WaveFT
 from wara.adapters.wara import TinyWaRA, WaRA
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "SHiRA",
     "TinyWaRA",
     "WaRA",
+    "WaveFT",
     "adapt",
     "adapter_state_dict",
     "base_hash",

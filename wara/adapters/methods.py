@@ -9,8 +9,19 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from wara.adapters.base import Method
+from wara.adapters.baselines import (
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    FourierFT,
+    LNTuning,
+    LoHa,
+    LoKr,
+    VeRA,
+)
 from wara.adapters.lora import LoRA
 from wara.adapters.probes import Full, LinearProbe
+from wara.adapters.sparse import SHiRA, WaveFT
 from wara.adapters.wara import TinyWaRA, WaRA
 from wara.errors import WaraError, WaraErrors, suggest
 
@@ -18,6 +29,16 @@ METHODS: dict[str, type[Method]] = {
     "wara": WaRA,
     "tiny_wara": TinyWaRA,
     "lora": LoRA,
+    "waveft": WaveFT,
+    "shira": SHiRA,
+    "dora": DoRA,
+    "adalora": AdaLoRA,
+    "vera": VeRA,
+    "loha": LoHa,
+    "lokr": LoKr,
+    "fourierft": FourierFT,
+    "bitfit": BitFit,
+    "ln_tuning": LNTuning,
     "linear_probe": LinearProbe,
     "full": Full,
 }
