@@ -28,6 +28,12 @@ EPOCHS = 4
 TIMES = {"seconds", "peak_memory_mb"}
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    # They take longer than the training and are looked at elsewhere.
+    monkeypatch.setattr("wara.training.outcome._figures", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with data, weights and `run`, which was trained without interruption."""

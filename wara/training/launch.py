@@ -1,6 +1,6 @@
 """Several processes that train together: start them, pass signals on, bring errors back.
 
-The processes are fresh interpreters (`python -m wara.training.launch`), so this works the same
+The processes are fresh interpreters that call `child`, so this works the same
 from `train.py`, from `wara train` and from a caller's own program, whose main module is not
 imported again. Each of them then finds its rank in the environment, as Lightning expects from an
 external launcher.
@@ -59,7 +59,7 @@ def launch(config: RunConfig, *, resume: bool, overwrite: bool, quiet: bool) -> 
         try:
             for number in range(config.devices):
                 child = subprocess.Popen(
-                    [sys.executable, "-m", "wara.training.launch"],
+                    [sys.executable, "-c", "from wara.training.launch import child; child()"],
                     stdin=subprocess.PIPE,
                     env=_environment(number, config.devices, port),
                     # Ctrl-C on a terminal reaches every process of the group; the children must
@@ -183,9 +183,12 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    # Skip interpreter shutdown: the watching thread still blocks on stdin, and a process group
-    # whose peers are gone may hang in its destructor.
+def child() -> None:
+    """Be one of the processes, and end with its exit code.
+
+    Interpreter shutdown is skipped: the watching thread still blocks on stdin, and a process group
+    whose peers are gone may hang in its destructor.
+    """
     code = 1
     try:
         code = main()
