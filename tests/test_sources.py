@@ -460,3 +460,38 @@ def test_phantoms_are_the_same_again_and_split_by_patient(tmp_path):
     source = load_card("fundus_phantom").source
     share = sum(r.split == "test" for r in first.records) / 80
     assert abs(share - source.test_fraction) < 0.06
+
+
+def test_phantoms_are_drawn_once_and_kept(tmp_path, monkeypatch):
+    phantoms = pytest.importorskip("wara.phantoms")
+    from wara.data import phantom_sets
+
+    def collect():
+        found = open_("ultrasound_phantom", tmp_path, images=24, phantom_size=32)
+        return found.records, np.stack([found.read(i) for i in range(24)])
+
+    records, images = collect()
+    drawn = []
+    real = phantoms.draw
+    monkeypatch.setattr(phantoms, "draw", lambda *a: drawn.append(a) or real(*a))
+    again, same = collect()
+    assert not drawn and again == records
+    np.testing.assert_array_equal(same, images)
+    (kept,) = (tmp_path / "cache/phantoms").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-50])  # damaged: drawn again
+    np.testing.assert_array_equal(collect()[1], images)
+    assert len(drawn) == 24
+    monkeypatch.setattr(phantom_sets, "_fingerprint", lambda: "other code")  # changed: drawn again
+    collect()
+    assert len(drawn) == 48
+    monkeypatch.setattr(phantom_sets, "_FEW", 5)  # several processes draw the same
+    (tmp_path / "cache/phantoms" / kept.name).unlink()
+    monkeypatch.setattr(phantom_sets, "_fingerprint", lambda: "once more")
+    monkeypatch.setattr(phantoms, "draw", real)
+    np.testing.assert_array_equal(collect()[1], images)
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
+    pytest.importorskip("wara.phantoms")
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert len(open_("fundus_phantom", tmp_path, images=12, phantom_size=32)) == 12

@@ -256,6 +256,12 @@ def in_threads(work: Callable[[int], object], indices: Sequence[int]) -> list[ob
     """Return `work(index)` for each index, in order; reading and decoding release the GIL."""
     if len(indices) < 2:
         return [work(index) for index in indices]
-    workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(min(16, processors())) as pool:
         return list(pool.map(work, indices))
+
+
+def processors() -> int:
+    """Number of processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -198,9 +198,9 @@ def _array(archive: Any, key: str, path: Path) -> np.ndarray:
     unpacked = path.with_name(f"{path.stem}.{state.st_size}-{state.st_mtime_ns}") / member
     if not unpacked.is_file() or unpacked.stat().st_size != size:
         unpacked.parent.mkdir(exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=".unpacking-", dir=unpacked.parent)
+        partial = unpacked.with_name(f".{os.getpid()}-{member}")
         try:
-            with archive.zip.open(member) as packed, os.fdopen(handle, "wb") as stream:
+            with archive.zip.open(member) as packed, partial.open("wb") as stream:
                 shutil.copyfileobj(packed, stream, 1 << 22)
             os.replace(partial, unpacked)
         except OSError as error:
@@ -212,7 +212,7 @@ def _array(archive: Any, key: str, path: Path) -> np.ndarray:
                 "make room there, or name another folder by data.cache",
             ) from error
         finally:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     return np.load(unpacked, mmap_mode="r", allow_pickle=False)
 
 

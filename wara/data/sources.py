@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
 from wara.cards import (
     Card,
     CsvSource,
@@ -16,9 +14,9 @@ from wara.cards import (
     list_cards,
     load_card,
 )
-from wara.data.imageset import ArrayReader, ImageSet, Record
+from wara.data.imageset import ImageSet
 from wara.data.medmnist_files import Unavailable, open_medmnist
-from wara.data.splits import SPLITS, connected_groups, stratify
+from wara.data.phantom_sets import open_phantoms
 from wara.data.tables import open_table
 from wara.data.trees import open_tree
 from wara.errors import WaraError, suggest
@@ -76,7 +74,9 @@ def open_source(
                 "config", f"no data set '{dataset}'", "dataset", suggest(dataset, list_cards())
             )
     if isinstance(card.source, PhantomSource):
-        return _draw(card, card.source, seed=seed, images=images, size=phantom_size)
+        return open_phantoms(
+            card, card.source, seed=seed, images=images, size=phantom_size, cache=folder
+        )
     try:
         return _open_card(card, folder)
     except Unavailable as reason:
@@ -84,7 +84,9 @@ def open_source(
             raise WaraError("data", str(reason), card.name, card.how_to_get) from reason
         stand_in = load_card(card.phantom)
         assert isinstance(stand_in.source, PhantomSource)
-        drawn = _draw(stand_in, stand_in.source, seed=seed, images=images, size=phantom_size)
+        drawn = open_phantoms(
+            stand_in, stand_in.source, seed=seed, images=images, size=phantom_size, cache=folder
+        )
         drawn.substituted_for = card.name
         drawn.notes = (
             f"{card.name}: {reason}; synthetic images of {stand_in.name} stand in, nothing below "
@@ -110,38 +112,3 @@ def _open_card(card: Card, cache: Path) -> ImageSet:
     if isinstance(source, CsvSource) and path.is_file():
         return open_table(path, card)
     raise Unavailable(f"{path} is not there")
-
-
-def _draw(
-    card: Card, source: PhantomSource, *, seed: int, images: int | None, size: int
-) -> ImageSet:
-    from wara import phantoms  # scipy and skimage, which real data does not need
-
-    modality = card.modality
-    assert modality is not None
-    total = source.images if images is None else images
-    stack = np.empty((total, size, size, 3), np.uint8)
-    labels = np.empty(total, np.int64)
-    patients = []
-    for index in range(total):
-        phantom = phantoms.draw(modality, seed, index, size)
-        stack[index], labels[index] = phantom.image, phantom.label
-        patients.append(phantom.patient)
-    groups = connected_groups(patients)
-    fractions = (
-        1 - source.val_fraction - source.test_fraction,
-        source.val_fraction,
-        source.test_fraction,
-    )
-    parts = stratify(labels, groups, fractions, seed)
-    records = [
-        Record(f"{card.name}_s{seed}_{index:06d}", int(label), patient, SPLITS[part])
-        for index, (label, patient, part) in enumerate(zip(labels, patients, parts, strict=True))
-    ]
-    return ImageSet(
-        card,
-        records,
-        ArrayReader([stack]),
-        synthetic=True,
-        origin=f"{total} images drawn by wara.phantoms, seed {seed}, {size} px",
-    )
