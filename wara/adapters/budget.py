@@ -83,7 +83,7 @@ class Knob:
     least: int = 1
 
     def candidates(self, method: Any, matrices: Matrices, goal: int) -> Iterable[Any]:
-        """Return methods of which one has the size nearest to `goal`; sizes grow with the knob."""
+        """Return the smallest method, and the two next to `goal`; sizes grow with the knob."""
         low = self.least
         if self.most is not None:
             high = max(low, self.most(method, matrices))
@@ -97,7 +97,7 @@ class Knob:
                 low = middle
             else:
                 high = middle
-        return [self.turn(method, value) for value in sorted({low, high})]
+        return [self.turn(method, value) for value in sorted({self.least, low, high})]
 
 
 class LoKrKnob(Knob):
@@ -252,11 +252,17 @@ def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, 
     unit = sum(m.d + m.o for m in matrices)
     goal = round(multiple * unit)
     sized = [(knob.size(x, matrices), x) for x in knob.candidates(plain, matrices, goal)]
-    got, fitted = min(sized, key=lambda item: (abs(item[0] - goal), item[0]))
-    if got > goal * (1 + TOLERANCE):
-        # One digit more than asked, rounded up, so that the budget it names is accepted.
-        least = math.ceil(100 * got / unit) / 100
-        what = f"budget {wanted} is {goal:,} parameters, and '{method.name}' has at least {got:,}"
-        remedy = f"set {least:g}*lora_r1 or more, or fewer targets"
+    least = min(size for size, _ in sized)
+    if least > goal * (1 + TOLERANCE):
+        what = f"budget {wanted} is {goal:,} parameters, and '{method.name}' has at least {least:,}"
+        # Rounded up, so that the budget it names is accepted.
+        remedy = f"set {_round_up(least / unit)}*lora_r1 or more"
         raise WaraError("config", what, "adapter.budget", remedy)
+    got, fitted = min(sized, key=lambda item: (abs(item[0] - goal), item[0]))
     return fitted, goal, got
+
+
+def _round_up(number: float) -> str:
+    """Return a number above 0 with two digits that count, not below it, as `parse_budget` reads."""
+    places = max(0, 1 - math.floor(math.log10(number)))
+    return f"{math.ceil(number * 10**places) / 10**places:.{places}f}"
