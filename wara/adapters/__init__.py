@@ -2,6 +2,7 @@
 
 from wara.adapters.analysis import singular_values, subband_energy
 from wara.adapters.base import Method
+from wara.adapters.exchange import export_peft, import_peft
 from wara.adapters.files import load_adapter, read_adapter_config, save_adapter
 from wara.adapters.inject import (
     adapt,
@@ -34,6 +35,8 @@ __all__ = [
     "adapter_state_dict",
     "base_hash",
     "count_parameters",
+    "export_peft",
+    "import_peft",
     "load_adapter",
     "load_adapter_state",
     "merge",

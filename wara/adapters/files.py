@@ -58,8 +58,8 @@ def save_adapter(model: nn.Module, folder: str | Path, extra: dict[str, Any] | N
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS_FILE, save(state, metadata={"format": FORMAT}))
-        _replace(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_whole(folder / WEIGHTS_FILE, save(state, metadata={"format": FORMAT}))
+        write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         remedy = "free space or choose another folder"
         raise WaraError(
@@ -68,7 +68,7 @@ def save_adapter(model: nn.Module, folder: str | Path, extra: dict[str, Any] | N
     return folder
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

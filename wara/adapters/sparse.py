@@ -43,6 +43,8 @@ class SparseLayer(WeightDomainLayer):
     index_names: ClassVar[tuple[str, ...]] = tuple(f.name for f in dataclasses.fields(Index))
 
     places: Tensor
+    left: Tensor
+    right: Tensor
 
     def __init__(
         self,
@@ -172,9 +174,10 @@ class SparseMethod(TargetedMethod):
     """Options that WaveFT and SHiRA share.
 
     Args:
-        k: trained numbers per matrix; with `allocation` other than `fixed`, on average. None takes
-            the budget of a rank-1 LoRA, `Σ (d + o)` over the matrices; `budget: lora_r4`, or a
-            number such as 0.8, takes a multiple of that.
+        k: trained numbers per matrix; with `allocation` other than `fixed`, on average; or a list
+            with a number for each matrix, in the order of the model. None takes the budget of a
+            rank-1 LoRA, `Σ (d + o)` over the matrices; `budget: lora_r4`, or a number such as 0.8,
+            takes a multiple of that.
         allocation: `fixed` gives every matrix the same `k`, as in the paper; `proportional` goes
             by `d + o`, `area` by `d o`.
         init: `zero`, so that the adapted model starts as the base model, or `gaussian` with a
@@ -183,7 +186,7 @@ class SparseMethod(TargetedMethod):
         seed: draws the places; they are stored in the adapter file.
     """
 
-    k: int | None = None
+    k: int | tuple[int, ...] | None = None
     allocation: str = "fixed"
     init: str = "zero"
     scale: float = 1.0
@@ -197,10 +200,13 @@ class SparseMethod(TargetedMethod):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        k, seed = self.k, self.seed
-        whole = isinstance(k, int) and not isinstance(k, bool)
-        require(k is None or (whole and k >= 1), f"k is {k!r}", "k", "set 1 or more, or null")
-        both = k is not None and self.budget is not None
+        if isinstance(self.k, list):
+            object.__setattr__(self, "k", tuple(self.k))
+        each = self.k if isinstance(self.k, tuple) else (self.k,) if self.k is not None else (1,)
+        whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in each)
+        require(whole and len(each) > 0, f"k is {self.k!r}", "k", "set 1 or more, or null")
+        seed = self.seed
+        both = self.k is not None and self.budget is not None
         require(not both, "k and budget are both set", "budget", "set one of the two")
         for key, choices in (("allocation", ALLOCATIONS), ("init", INITS)):
             value = getattr(self, key)
@@ -209,7 +215,9 @@ class SparseMethod(TargetedMethod):
         require(isinstance(seed, int) and seed >= 0, f"seed is {seed!r}", "seed", "set 0 or more")
 
     def counts(self, shapes: Sequence[Shape]) -> list[int]:
-        """Return `k` of each matrix of the shapes `(o, d)`, unchecked."""
+        """Return `k` of each matrix of the shapes `(o, d)`, not checked against them."""
+        if isinstance(self.k, tuple):
+            return list(self.k)
         mean = sum(o + d for o, d in shapes) / len(shapes) if self.k is None else self.k
         return allocate(shapes, mean, self.allocation)
 
@@ -225,6 +233,8 @@ class SparseMethod(TargetedMethod):
             for start, stop in target.rows
         ]
         counts = self.counts([shape for _, shape in owners])
+        what = f"k lists {len(counts)} numbers for {len(owners)} matrices"
+        require(len(counts) == len(owners), what, "k", "list one per matrix, or set one number")
         drawn: dict[str, list[Tensor]] = {}
         for (target, shape), count in zip(owners, counts, strict=True):
             area = shape[0] * shape[1]
