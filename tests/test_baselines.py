@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from training_helpers import tiny_config
 
 import wara
 from wara.adapters import (
@@ -30,6 +33,10 @@ from wara.adapters.base import AdapterLayer, Method
 from wara.adapters.baselines import AdaLoRA, allocated_ranks
 from wara.adapters.targets import adapted_layers
 from wara.errors import WaraError
+from wara.training.checkpoints import SafeCheckpointIO
+from wara.training.run import run
+from wara.training.signals import Stopped
+from wara.training.task import FineTuning
 
 peft = pytest.importorskip("peft")
 
@@ -433,6 +440,41 @@ def test_adalora_survives_short_trainings(total: int, shares: tuple[float, float
     log: list[int] = []
     train(model, method, range(1, total + 1), total, optimiser, log)
     assert log[-1] == (4 if total < 2 else 2) * 2
+
+
+def test_a_run_moves_ranks_and_resumes_bit_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wara.training.outcome._figures", lambda *_: None)
+    adapter = {"method": "adalora", "rank": 2, "delta_t": 1, "dropout": 0.1, "tinit": 0.0}
+    configs = [
+        tiny_config(tmp_path, epochs=3, adapter=adapter, out=str(tmp_path / name))
+        for name in ("whole", "cut")
+    ]
+    run(configs[0], quiet=True)
+    last = SafeCheckpointIO().load_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt")
+    values = [t for key, t in last["state"].items() if "lora_E" in key]
+    assert sum(int(t.count_nonzero()) for t in values) == 2 * len(values)
+    assert len({int(t.count_nonzero()) for t in values}) > 1
+
+    original, seen = FineTuning.training_step, []
+
+    def step(self: FineTuning, *args: Any) -> Tensor:
+        seen.append(0)
+        if len(seen) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuning, "training_step", step)
+        with pytest.raises(Stopped):
+            run(configs[1], quiet=True)
+    run(configs[1], resume=True, quiet=True)
+    again = SafeCheckpointIO().load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    for part in ("state", "method"):
+        assert last[part].keys() == again[part].keys()
+        for key, tensor in last[part].items():
+            assert torch.equal(tensor, again[part][key]), key
 
 
 # -- parts of the base ----------------------------------------------------------------------

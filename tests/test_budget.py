@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,13 @@ def test_outside_timm() -> None:
     assert (wanted, got) == (2 * (7 + 11 + 11 + 5),) * 2
     with pytest.raises(WaraError, match="no linear layer matches"):
         fit(wara.LoRA(targets=("*.x",)), model, "lora_r1")
+
+
+def test_the_table_of_methods_is_complete() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
+    table = {row[0].strip(" `"): row for row in rows if len(row) == 7}
+    assert set(table) == set(METHODS)
+    for name, method in METHODS.items():
+        options = {field.name for field in fields(method)} - {"targets", "blocks", "budget"}
+        assert set(re.findall(r"`(\w+)`", table[name][2])) == options, name

@@ -24,7 +24,7 @@ from wara.adapters.peft_layers import (
     DoRALayer,
     FourierFTLayer,
     PeftLayer,
-    import_peft,
+    peft_library,
 )
 from wara.adapters.targets import Target, TargetedMethod, adapted_layers
 from wara.errors import suggest
@@ -53,7 +53,7 @@ class PeftMethod(TargetedMethod):
         Raises:
             WaraError: kind `config` when PEFT is not installed or an option exceeds a matrix.
         """
-        peft = import_peft()
+        peft = peft_library()
         self.check_matrices(
             [(stop - start, t.linear.in_features) for t in targets for start, stop in t.rows]
         )

@@ -23,7 +23,7 @@ ADAPTER = "default"
 """The name under which PEFT files the one adapter of a layer."""
 
 
-def import_peft() -> ModuleType:
+def peft_library() -> ModuleType:
     """Return the PEFT library, which takes seconds to import and is optional.
 
     Raises:
