@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from wara.errors import WaraError
 
+Row = dict[str, float | None]
 _REACH_SECONDS = 3.0
 
 
@@ -73,7 +76,7 @@ class WandbSink:
                     "config", "wandb is not logged in", "wandb: online",
                     "run `wandb login`, or set wandb=offline",
                 )  # fmt: skip
-            if not reachable(wandb.api.api_url):
+            if not reachable(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url):
                 mode = "offline"
                 self.note = f"wandb is not reachable; writing offline to {folder / 'wandb'}"
         settings = wandb.Settings(
@@ -94,12 +97,20 @@ class WandbSink:
             username="",
             init_timeout=10.0,
         )
+        # Artifacts are staged and logs kept beside the run, not in the home folder, so that the run
+        # folder can be moved to a machine with a network and sent from there.
+        self._places = {
+            "WANDB_DATA_DIR": folder / "wandb",
+            "WANDB_CACHE_DIR": folder / "wandb/cache",
+        }
+        self._places = {key: p for key, p in self._places.items() if key not in os.environ}
+        os.environ.update({key: str(path) for key, path in self._places.items()})
         self._wandb = wandb
         self._run = wandb.init(
             project=project, name=name, dir=str(folder), config=config, settings=settings
         )
 
-    def epoch(self, number: int, row: dict[str, float | None]) -> None:
+    def epoch(self, number: int, row: Row) -> None:
         """Log one row of the learning curves."""
         self._run.log({k: v for k, v in row.items() if v is not None}, step=number)
 
@@ -129,7 +140,7 @@ class WandbSink:
             )  # fmt: skip
         else:
             # The native charts are for one label per image; one chart per finding instead.
-            charts = {}
+            charts: dict[str, Any] = {}
             for k, name in enumerate(classes):
                 truth = labels[:, k]
                 two = np.stack([1 - probs[:, k], probs[:, k]], axis=1)
@@ -151,13 +162,16 @@ class WandbSink:
         self._run.log({"test_images": [self._wandb.Image(p, caption=c) for p, c in pictures]})
 
     def close(self, exit_code: int) -> None:
-        """End the run; failure to do so must not hide the error that led here."""
-        with contextlib.suppress(Exception):
-            self._run.finish(exit_code=exit_code, quiet=True)
+        """End the run."""
+        try:
+            self._run.finish(exit_code=exit_code)
+        finally:
+            for key in self._places:
+                os.environ.pop(key, None)
 
 
 class TensorBoardSink:
-    """Learning curves as TensorBoard files.
+    """Learning curves as TensorBoard files, replacing those of an earlier attempt.
 
     Args:
         folder: where `tensorboard/` goes.
@@ -174,9 +188,10 @@ class TensorBoardSink:
                 "config", "tensorboard is not installed", "tensorboard: true",
                 "pip install 'wara[tensorboard]', or set tensorboard=false",
             ) from error  # fmt: skip
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self._writer = SummaryWriter(log_dir=str(folder / "tensorboard"))
 
-    def epoch(self, number: int, row: dict[str, float | None]) -> None:
+    def epoch(self, number: int, row: Row) -> None:
         """Log one row of the learning curves."""
         for name, value in row.items():
             if value is not None and name != "epoch":
@@ -185,3 +200,97 @@ class TensorBoardSink:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+class Sinks:
+    """The loggers that a run has, if any. Trouble with wandb is told and never ends a run.
+
+    Args:
+        say: prints a line.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.wandb: WandbSink | None = None
+        self.tensorboard: TensorBoardSink | None = None
+
+    def start(
+        self,
+        folder: Path,
+        *,
+        wandb: str,
+        project: str,
+        name: str,
+        config: dict[str, Any],
+        tensorboard: bool,
+    ) -> None:
+        """Start what was asked for.
+
+        Args:
+            folder: the run folder.
+            wandb: `offline | online | off`.
+            project: wandb project.
+            name: name of the wandb run.
+            config: what wandb shows as the config, see `public_config`.
+            tensorboard: whether to write TensorBoard files.
+
+        Raises:
+            WaraError: kind "config", when something asked for is not installed or not logged in.
+        """
+        if tensorboard:
+            self.tensorboard = TensorBoardSink(folder)
+        if wandb != "off":
+            with self._forgiving():
+                self.wandb = WandbSink(
+                    mode=wandb, project=project, name=name, folder=folder, config=config
+                )
+                if self.wandb.note:
+                    self.say(f"note: {self.wandb.note}")
+
+    def epoch(self, number: int, row: Row) -> None:
+        """Log one row of the learning curves."""
+        if self.tensorboard is not None:
+            self.tensorboard.epoch(number, row)
+        if self.wandb is not None:
+            with self._forgiving():
+                self.wandb.epoch(number, row)
+
+    def results(
+        self, *, metrics: dict[str, Any], images: Sequence[tuple[Any, str]], **shown: Any
+    ) -> None:
+        """Send final numbers, charts and adapter to wandb.
+
+        Args:
+            metrics: content of `metrics.json`.
+            images: pictures with captions; empty unless asked for.
+            **shown: the other arguments of `WandbSink.results`.
+        """
+        if self.wandb is None:
+            return
+        summary = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
+        for split in ("val", "test"):
+            for name, entry in metrics[split].items():
+                summary[re.sub(r"\W+", "_", f"{split}_{name}").strip("_")] = entry["value"]
+        with self._forgiving():
+            self.wandb.results(summary=summary, **shown)
+            if images:
+                self.wandb.images(images)
+
+    def close(self, exit_code: int) -> None:
+        """End all of them."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            with self._forgiving():
+                self.wandb.close(exit_code)
+        self.wandb = self.tensorboard = None
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except WaraError:
+            raise
+        except Exception as error:
+            self.wandb = None
+            self.say(f"note: wandb failed ({type(error).__name__}: {error}); going on without it")

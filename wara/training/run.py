@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import traceback
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -23,9 +21,10 @@ from wara.training import files
 from wara.training.checkpoints import SafeCheckpointIO
 from wara.training.console import Console, silence_libraries
 from wara.training.folder import RunFolder, utc_now
+from wara.training.guards import as_refusal, check_writable, differences, torch_settings
 from wara.training.journal import Journal, Progress, check_identity, load_best
 from wara.training.launch import launch, rank
-from wara.training.loggers import TensorBoardSink, WandbSink, public_config
+from wara.training.loggers import Sinks, public_config
 from wara.training.outcome import Outcome, finish
 from wara.training.progress import ProgressBar
 from wara.training.provenance import collect
@@ -72,7 +71,7 @@ def run(
     first = not rank()
     with (
         StopSignals() as stop,
-        _torch_settings(config),
+        torch_settings(config.deterministic),
         Console(quiet=quiet, enabled=first) as console,
     ):
         return _Run(config, stop, console, first=first).go(
@@ -90,8 +89,7 @@ class _Run:
         self.folder = RunFolder(config.folder)
         self.progress = Progress()
         self.record: dict[str, Any] = {}
-        self.wandb: WandbSink | None = None
-        self.tensorboard: TensorBoardSink | None = None
+        self.sinks = Sinks(console.say)
 
     def go(self, *, resume: bool, overwrite: bool, dry_run: bool) -> Path:
         """Check and plan; then train inside the run folder."""
@@ -105,7 +103,7 @@ class _Run:
                 console.final(f"already finished: {folder.path}")
                 return folder.path
         elif self.first and not dry_run:
-            _check_writable(folder.path)
+            check_writable(folder.path)
         prepared = prepare(config, out=folder.path, report_dir=folder.path.parent)
         folder.synthetic = prepared.images.synthetic
         for line in prepared.plan.lines():
@@ -123,10 +121,7 @@ class _Run:
                 raise
             raise refusal from error
         finally:
-            if self.wandb is not None:
-                self.wandb.close(1)
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+            self.sinks.close(1)
             console.close()
             folder.close()
         return folder.path
@@ -158,7 +153,7 @@ class _Run:
             identity=identity,
             patience=config.patience,
             epochs=config.epochs,
-            sinks=[sink.epoch for sink in (self.wandb, self.tensorboard) if sink is not None],
+            sinks=[self.sinks.epoch],
         )
         if last is not None:
             load_adapter_state(module.model, last["state"])
@@ -239,7 +234,7 @@ class _Run:
             devices=config.devices,
             strategy=strategy,
             plugins=[LightningEnvironment(), SafeCheckpointIO()],
-            precision=prepared.precision,
+            precision=cast(Any, prepared.precision),
             max_epochs=config.epochs,
             accumulate_grad_batches=config.accumulate,
             callbacks=callbacks,
@@ -253,7 +248,7 @@ class _Run:
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
-        done = trainer.fit_loop.epoch_progress.current
+        done: Any = trainer.fit_loop.epoch_progress.current
         done.ready = done.started = done.processed = done.completed = self.progress.epoch
         module.train()
         trainer.fit(module, datamodule=prepared.data_module(config))
@@ -267,9 +262,7 @@ class _Run:
         earlier = load_config(self.folder.config).model_dump(mode="json")
         differing = [
             key
-            for key, (old, new) in _differences(
-                earlier, self.config.model_dump(mode="json")
-            ).items()
+            for key, (old, new) in differences(earlier, self.config.model_dump(mode="json")).items()
             if key not in _FREE
         ]
         if differing:
@@ -356,7 +349,7 @@ class _Run:
                     f"{self.config.epochs} epochs; go on with --resume"
                 )
             return error
-        refusal = _as_refusal(error)
+        refusal = as_refusal(error)
         if not self.first:
             return refusal
         self.console.log_only("".join(traceback.format_exception(error)).rstrip())
@@ -375,47 +368,36 @@ class _Run:
     # -- results ----------------------------------------------------------------------------
 
     def _start_sinks(self, prepared: Prepared) -> None:
-        config, path = self.config, self.folder.path
-        if config.tensorboard:
-            self.tensorboard = TensorBoardSink(path)
-        if config.wandb != "off":
-            self.wandb = WandbSink(
-                mode=config.wandb,
-                project=config.wandb_project,
-                name=f"{prepared.images.card.name}_{config.adapter.method}_s{config.seed}",
-                folder=path,
-                config={
-                    **public_config(config.model_dump(mode="json")),
-                    "synthetic": prepared.images.synthetic,
-                },
-            )
-            if self.wandb.note:
-                self.console.say(f"note: {self.wandb.note}")
+        config = self.config
+        self.sinks.start(
+            self.folder.path,
+            wandb=config.wandb,
+            project=config.wandb_project,
+            name=f"{prepared.images.card.name}_{config.adapter.method}_s{config.seed}",
+            config={
+                **public_config(config.model_dump(mode="json")),
+                "synthetic": prepared.images.synthetic,
+            },
+            tensorboard=config.tensorboard,
+        )
+        # A resumed run starts a new file; with the rows so far it holds the whole curve.
+        for row in self.progress.history:
+            self.sinks.epoch(int(row["epoch"] or 0), row)
 
     def _close_sinks(self, prepared: Prepared, outcome: Outcome) -> None:
-        if self.wandb is None:
-            return
-        test, metrics = outcome.test, outcome.metrics
-        summary = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
-        for split in ("val", "test"):
-            for name, entry in metrics[split].items():
-                key = re.sub(r"\W+", "_", f"{split}_{name}").strip("_")
-                summary[key] = entry["value"]
-        self.wandb.results(
-            summary=summary, labels=test.labels, probs=test.probs, predicted=test.predicted,
-            classes=prepared.classes, adapter=self.folder.adapter,
-        )  # fmt: skip
+        test, images = outcome.test, []
         if self.config.wandb_images:
-            self.wandb.images(
-                [
-                    (prepared.images.read(int(i)), f"label {label}, predicted {guess}")
-                    for i, label, guess in zip(
-                        test.index[:8], test.labels[:8], test.predicted[:8], strict=True
-                    )
-                ]
-            )
-        self.wandb.close(0)
-        self.wandb = None
+            shown = zip(test.index[:8], test.labels[:8], test.predicted[:8], strict=True)
+            images = [
+                (prepared.images.read(int(i)), f"label {label}, predicted {guess}")
+                for i, label, guess in shown
+            ]
+        self.sinks.results(
+            metrics=outcome.metrics, labels=test.labels, probs=test.probs,
+            predicted=test.predicted, classes=prepared.classes, adapter=self.folder.adapter,
+            images=images,
+        )  # fmt: skip
+        self.sinks.close(0)
 
     def _say_result(self, outcome: Outcome) -> None:
         console, folder = self.console, self.folder
@@ -432,65 +414,3 @@ class _Run:
 
     def _result_banner(self) -> list[str]:
         return ["on synthetic images:"] if self.folder.synthetic else []
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse an output folder that cannot be made, before minutes of checks on the data."""
-    import os
-
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise WaraError("storage", "no permission to write", str(parent), "choose another --out")
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in sorted(old.keys() | new.keys()):
-            found |= _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-        return found
-    return {} if old == new else {prefix: (old, new)}
-
-
-def _as_refusal(error: BaseException) -> BaseException:
-    """Turn errors with a known cause and remedy into refusals; others pass as they are."""
-    text = str(error)
-    if isinstance(error, WaraError):
-        return error
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return WaraError(
-            "resources", "not enough memory", "",
-            "lower batch_size (and raise accumulate), or choose a smaller backbone or img_size",
-        )  # fmt: skip
-    if "DataLoader worker" in text and ("killed" in text or "exited" in text):
-        return WaraError(
-            "resources", "a data worker was killed", "data.workers",
-            "lower data.workers, or give the machine more (shared) memory",
-        )  # fmt: skip
-    if "does not have a deterministic implementation" in text:
-        return WaraError(
-            "config", text.split(".")[0], "deterministic",
-            "set deterministic=false; resuming is then not bit-exact",
-        )  # fmt: skip
-    # An error raised in a data worker arrives as text; its last line is ours.
-    inside = re.search(r"error\[(data|artefact|storage|resources)\]: (.*)", text)
-    if inside:
-        parts = [*inside.group(2).split("; "), "", ""][:3]
-        return WaraError(inside.group(1), *parts)
-    return error
-
-
-@contextlib.contextmanager
-def _torch_settings(config: RunConfig) -> Iterator[None]:
-    """Deterministic kernels for the time of the run, and put back what was set before."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        torch.use_deterministic_algorithms(config.deterministic)
-        # A debugging aid that costs a pass over every new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,609 @@
+"""Losses, schedule, optimiser, refusals, plan, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.scheduler import CosineLRScheduler
+from training_helpers import CLASSES, make_images, spawn, tiny_config
+
+import wara
+from wara.config import RunConfig, load_config
+from wara.errors import WaraError
+from wara.training.checkpoints import SafeCheckpointIO
+from wara.training.console import Console
+from wara.training.journal import Progress
+from wara.training.loggers import public_config, reachable
+from wara.training.losses import loss_per_image, resolve_loss
+from wara.training.outcome import _scores, predict
+from wara.training.plan import SplitTable, pick_device, pick_precision
+from wara.training.report import cell, result_table
+from wara.training.run import run
+from wara.training.signals import StopSignals
+from wara.training.task import FineTuning, probabilities, schedule, step_seed
+
+# -- losses -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(2)
+    return rng.normal(0, 2, (6, 3)).astype(np.float32), np.array([0, 2, 1, 1, 0, 2])
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    values = logits.astype(np.float64)
+    return values - np.log(np.exp(values).sum(1, keepdims=True))
+
+
+def test_single_label_losses_against_numpy(batch: tuple[np.ndarray, np.ndarray]) -> None:
+    logits, labels = batch
+    logs = _log_softmax(logits)
+    true = logs[np.arange(6), labels]
+    weights = np.array([0.5, 1.0, 3.0])
+    smooth = 0.9 * true + 0.1 * logs.mean(1)
+    wanted = {
+        ("ce", 0.0): -true,
+        ("ce", 0.1): -smooth,
+        ("weighted_ce", 0.0): -weights[labels] * true,
+        ("weighted_ce", 0.1): -weights[labels] * smooth,
+        ("focal", 0.0): -((1 - np.exp(true)) ** 1.5) * true,
+    }
+    for (name, smoothing), expected in wanted.items():
+        got = loss_per_image(
+            torch.tensor(logits), torch.tensor(labels), loss=name,
+            weights=torch.tensor(weights, dtype=torch.float32), gamma=1.5, smoothing=smoothing,
+        )  # fmt: skip
+        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, err_msg=name)
+
+
+def test_multilabel_losses_against_numpy() -> None:
+    rng = np.random.default_rng(3)
+    logits, labels = rng.normal(0, 2, (5, 4)), rng.integers(0, 2, (5, 4))
+    probs = 1 / (1 + np.exp(-logits))
+    right = np.where(labels == 1, probs, 1 - probs)
+    x, y = torch.tensor(logits), torch.tensor(labels).float()
+    bce = loss_per_image(x, y, loss="bce").numpy()
+    np.testing.assert_allclose(bce, -np.log(right).mean(1), rtol=1e-5)
+    focal = loss_per_image(x, y, loss="focal", gamma=2.0).numpy()
+    np.testing.assert_allclose(focal, (-((1 - right) ** 2) * np.log(right)).mean(1), rtol=1e-4)
+
+
+def test_focal_loss_of_a_sure_image_has_a_finite_gradient() -> None:
+    logits = torch.tensor([[80.0, -80.0]], requires_grad=True)
+    loss_per_image(logits, torch.tensor([0]), loss="focal", gamma=0.5).sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "task", "counts", "wanted"),
+    [
+        ("auto", "multiclass", (30, 10), "ce"),
+        ("auto", "binary", (31, 10), "weighted_ce"),
+        ("auto", "multilabel", (100, 1), "bce"),
+        ("focal", "multilabel", (100, 1), "focal"),
+        ("ce", "ordinal", (100, 1), "ce"),
+    ],
+)
+def test_the_choice_of_the_loss(loss: str, task: str, counts: tuple, wanted: str) -> None:
+    name, why = resolve_loss(loss, task, counts)
+    assert name == wanted and why
+
+
+@pytest.mark.parametrize(("loss", "task"), [("bce", "binary"), ("weighted_ce", "multilabel")])
+def test_a_loss_that_does_not_fit_is_refused(loss: str, task: str) -> None:
+    with pytest.raises(WaraError) as caught:
+        resolve_loss(loss, task, (10, 10))
+    assert caught.value.exit_code == 2
+
+
+# -- schedule and randomness ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_the_cosine_is_timms(warmup: int) -> None:
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    total = 50
+    theirs = CosineLRScheduler(
+        optimiser, t_initial=total - warmup, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False,
+        warmup_lr_init=1 / (warmup + 1),
+    )  # fmt: skip
+    for step in range(total):
+        theirs.step_update(step)
+        ours = schedule(step, total=total, warmup=warmup)
+        if step >= warmup:
+            assert ours == pytest.approx(optimiser.param_groups[0]["lr"], abs=1e-12)
+    ramp = [schedule(step, total=total, warmup=warmup) for step in range(warmup + 1)]
+    assert np.allclose(np.diff(ramp), 1 / (warmup + 1)) and ramp[-1] == 1.0
+    assert schedule(total, total=total, warmup=warmup) == pytest.approx(0.0)
+
+
+def test_step_seeds_do_not_repeat() -> None:
+    seeds = {step_seed(s, b, r) for s in range(4) for b in range(50) for r in range(2)}
+    assert len(seeds) == 400
+    torch.manual_seed(max(seeds))
+    assert step_seed(1, 2, 0) == step_seed(1, 2, 0)
+
+
+def test_probabilities_are_exact_and_stable() -> None:
+    logits = np.array([[1000.0, 0.0], [0.0, 0.0]], dtype=np.float32)
+    assert np.array_equal(probabilities(logits, "binary"), [[1.0, 0.0], [0.5, 0.5]])
+    assert np.array_equal(probabilities(logits, "multilabel"), [[1.0, 0.5], [0.5, 0.5]])
+
+
+def _module(model: torch.nn.Module, **changes: Any) -> FineTuning:
+    options: dict[str, Any] = {
+        "task": "multiclass", "classes": CLASSES, "loss": "ce", "lr": 1e-3, "lr_core": 2e-2,
+        "lr_head": 3e-3, "weight_decay": 0.1, "epochs": 2,
+    }  # fmt: skip
+    return FineTuning(model, **{**options, **changes})
+
+
+def test_every_parameter_has_its_rate_and_decay() -> None:
+    model = wara.adapt(timm.create_model("test_vit", num_classes=3), wara.WaRA(rank=2, level=1))
+    groups = _module(model).configure_optimizers().param_groups
+    place = {id(p): group for group in groups for p in group["params"]}
+    trained = wara.trainable_parameters(model)
+    assert len(place) == len(trained) == sum(len(group["params"]) for group in groups)
+    seen = set()
+    for name, parameter in trained.items():
+        group = place[id(parameter)]
+        kind = "core" if name.endswith("core") else "head" if "head" in name else "adapter"
+        assert group["name"] == kind, name
+        assert group["lr"] == {"adapter": 1e-3, "core": 2e-2, "head": 3e-3}[kind]
+        decays = kind != "core" and parameter.ndim > 1
+        assert group["weight_decay"] == (0.1 if decays else 0.0), name
+        seen.add(kind)
+    assert seen == {"adapter", "core", "head"}
+
+
+# -- progress ---------------------------------------------------------------------------------
+
+
+def test_best_epoch_first_wins_ties_and_loss_goes_down() -> None:
+    progress = Progress(monitor="auc_macro")
+    flags = []
+    for value in (0.5, 0.7, 0.7, 0.6):
+        progress.epoch += 1
+        flags.append(progress.note({}, value))
+    assert flags == [True, True, False, False]
+    assert (progress.best_epoch, progress.best_value, progress.stale) == (2, 0.7, 2)
+    progress = Progress(monitor="val_loss")
+    for value in (1.0, 0.5, 0.9):
+        progress.epoch += 1
+        progress.note({}, value)
+    assert progress.best_epoch == 2
+
+
+# -- whole runs -------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "figures" not in request.keywords:
+        monkeypatch.setattr("wara.training.outcome._figures", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and weights, and a finished run with all figures in `run`."""
+    path = tmp_path_factory.mktemp("training")
+    run(tiny_config(path, epochs=2, tensorboard=True), quiet=True)
+    return path
+
+
+def test_the_folder_is_complete(folder: Path) -> None:
+    names = {str(p.relative_to(folder / "run")) for p in (folder / "run").rglob("*") if p.is_file()}
+    board = {name for name in names if name.startswith("tensorboard/")}
+    assert len(board) == 1
+    figures = {"learning_curves", "roc", "pr", "confusion", "reliability", "subband_energy",
+               "singular_values"}  # fmt: skip
+    assert names - board == {
+        "config.yaml", "provenance.json", "splits.csv", "metrics.csv", "metrics.json",
+        "predictions_val.csv", "predictions_test.csv", "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
+        "report.md", "train.log", *(f"plots/{name}.png" for name in figures),
+    }  # fmt: skip
+
+
+def test_metrics_and_tables_agree(folder: Path) -> None:
+    path = folder / "run"
+    metrics = json.loads((path / "metrics.json").read_text())
+    for key in ("synthetic", "dataset", "backbone", "method", "adapter_params", "head_params",
+                "seconds", "peak_memory_mb", "val", "test"):  # fmt: skip
+        assert key in metrics
+    assert metrics["synthetic"] is False and metrics["method"] == "wara"
+    with (path / "predictions_test.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    right = np.mean([row["label"] == row["pred"] for row in rows])
+    assert metrics["test"]["accuracy"]["value"] == pytest.approx(right)
+    assert metrics["test"]["accuracy"]["n"] == len(rows)
+    with (path / "splits.csv").open() as handle:
+        splits = {row["file"]: row for row in csv.DictReader(handle)}
+    assert {row["file"] for row in rows} == {f for f, r in splits.items() if r["split"] == "test"}
+    for row in rows:
+        probs = [float(row[f"prob_{name}"]) for name in CLASSES]
+        logits = np.array([float(row[f"logit_{name}"]) for name in CLASSES])
+        np.testing.assert_allclose(probs, np.exp(logits) / np.exp(logits).sum(), rtol=1e-9)
+        assert splits[row["file"]]["patient"] == row["patient"]
+    with (path / "metrics.csv").open() as handle:
+        curves = list(csv.DictReader(handle))
+    assert [row["epoch"] for row in curves] == ["1", "2"]
+    best = curves[metrics["best_epoch"] - 1]
+    assert float(best["val_auc_macro"]) == pytest.approx(metrics["val"]["auc_macro"]["value"])
+
+
+def test_the_adapter_folder_gives_the_logits_of_the_predictions(folder: Path) -> None:
+    from wara.images import ImageSpec, load_tensor
+
+    model, info = wara.build_backbone(
+        "test_vit", num_classes=3, img_size=32, weights=folder / "weights.safetensors"
+    )
+    wara.load_adapter(model, folder / "run" / "adapter")
+    spec = ImageSpec(info.img_size, info.mean, info.std, info.interpolation)
+    with (folder / "run" / "predictions_test.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    images = torch.stack([load_tensor(folder / "data" / row["file"], spec) for row in rows])
+    wanted = np.array([[float(row[f"logit_{n}"]) for n in CLASSES] for row in rows], np.float32)
+    label = torch.zeros(len(rows), dtype=torch.int64)
+    # Batches as in the run: the last bits of a matrix product depend on the number of rows.
+    batches = [
+        {"image": images[i : i + 8], "label": label[i : i + 8],
+         "index": torch.arange(i, min(i + 8, len(rows)))}
+        for i in range(0, len(rows), 8)
+    ]  # fmt: skip
+    got = predict(model, batches, "multiclass", 3, StopSignals()).logits
+    assert np.array_equal(got, wanted)
+
+
+def test_the_resolved_config_and_the_record(folder: Path) -> None:
+    path = folder / "run"
+    assert load_config(path / "config.yaml") == tiny_config(folder, epochs=2, tensorboard=True)
+    record = json.loads((path / "provenance.json").read_text())
+    assert record["status"] == "finished" and record["ended"] >= record["started"][0]
+    assert record["synthetic"] is False and record["seed"] == 0
+    assert record["backbone"]["name"] == "test_vit"
+    assert len(record["data"]["sha256"]) == 64
+    log = (path / "train.log").read_text()
+    assert "epoch 1/2" in log and "auc_macro" in log
+    text = (path / "report.md").read_text()
+    assert "plots/roc.png" in text and "| `auc_macro` |" in text and "wara.load_adapter" in text
+
+
+def test_output_is_the_plan_a_line_per_epoch_and_the_results(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, epochs=2)
+    run(config)
+    out, err = capfd.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    for word in ("data set", "splits", "backbone", "method", "trainable", "device", "precision",
+                 "loss", "output"):  # fmt: skip
+        assert any(line.startswith(word) for line in lines), word
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert any(line.startswith("auc_macro") and "[" in line for line in lines)
+    assert any("report.md" in line for line in lines)
+    assert not any(word in out.lower() for word in ("lightning", "gpu available", "warning"))
+    run(config, overwrite=True, quiet=True)
+    out, err = capfd.readouterr()
+    assert "epoch" not in out and "data set" not in out and "report.md" in out and err == ""
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    run(config, dry_run=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    out = capsys.readouterr().out
+    assert "trainable" in out and "dry run" in out and "epoch 1" not in out
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("lora", {"rank": 2}), ("tiny_wara", {"rank": 2, "level": 1}), ("linear_probe", {}),
+     ("full", {})],
+)  # fmt: skip
+def test_every_method_trains(tmp_path: Path, folder: Path, method: str, more: dict) -> None:
+    config = tiny_config(
+        folder, out=str(tmp_path / "run"), epochs=1, adapter={"method": method, **more}
+    )
+    run(config, quiet=True)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["method"] == method
+    assert metrics["head_params"] == 195
+    assert (metrics["adapter_params"] == 0) == (method == "linear_probe")
+
+
+def test_frozen_weights_do_not_move(folder: Path) -> None:
+    saved = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    base = load_file(folder / "weights.safetensors")
+    assert not set(saved) & {name for name in base if not name.startswith("head.")}
+
+
+def test_overfitting_lowers_the_loss(tmp_path: Path, folder: Path) -> None:
+    config = tiny_config(
+        folder, out=str(tmp_path / "run"), epochs=12, data__augment="off",
+        backbone__drop_rate=0.0, lr=1e-2, lr_head=1e-2,
+    )  # fmt: skip
+    run(config, quiet=True)
+    with (tmp_path / "run" / "metrics.csv").open() as handle:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(handle)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_bf16_training(tmp_path: Path, folder: Path) -> None:
+    run(tiny_config(folder, out=str(tmp_path / "run"), epochs=1, amp="bf16"), quiet=True)
+    record = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert record["torch"]["precision"] == "bf16-mixed"
+    state = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(t.dtype == torch.float32 for t in state.values() if t.is_floating_point())
+
+
+def test_compiled_training(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile
+    # Without the minutes that the code generator takes; tracing is what can fail here.
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
+    run(tiny_config(folder, out=str(tmp_path / "run"), epochs=1, compile=True), quiet=True)
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path: Path, folder: Path) -> None:
+    adapters = []
+    for name, size, accumulate in (("one", 16, 1), ("two", 8, 2)):
+        config = tiny_config(
+            folder, out=str(tmp_path / name), epochs=2, batch_size=size, accumulate=accumulate,
+            backbone__drop_rate=0.0,
+        )  # fmt: skip
+        run(config, quiet=True)
+        adapters.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    for key, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_early_stopping(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A rate of zero: no epoch is better than the first.
+    config = tiny_config(
+        folder, out=str(tmp_path / "run"), epochs=9, patience=2, lr=0.0, lr_core=0.0, lr_head=0.0
+    )
+    run(config)
+    assert "stopping early" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["epochs"] == 3 and metrics["best_epoch"] == 1
+
+
+def test_multilabel(tmp_path: Path, folder: Path) -> None:
+    make_images(tmp_path / "data")
+    rows = (tmp_path / "data" / "labels.csv").read_text().splitlines()
+    table = ["file,label,patient,split"]
+    for row in rows[1:]:
+        file, label, patient = row.split(",")
+        found = [label] + (["extra"] if int(patient.split("-")[1]) % 2 else [])
+        split = "val" if int(patient.split("-")[1]) % 3 == 0 else "train"
+        table.append(f"{file},{'|'.join(found)},{patient},{split}")
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(table) + "\n")
+    config = tiny_config(
+        folder, dataset=str(tmp_path / "data"), out=str(tmp_path / "run"), epochs=1
+    )
+    run(config, quiet=True)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val"]["auc_macro"]["value"] is not None
+    with (tmp_path / "run" / "predictions_val.csv").open() as handle:
+        row = next(csv.DictReader(handle))
+    assert len(row["label"].split()) == 4 and set(row["label"]) <= set("01 ")
+
+
+def test_no_test_images_are_said() -> None:
+    empty = predict(torch.nn.Linear(1, 1), [], "multiclass", 3, StopSignals())
+    scores = _scores(
+        empty.labels, empty.probs, task="multiclass", classes=list(CLASSES), split="test"
+    )
+    assert scores["auc_macro"]["value"] is None and "no test images" in str(scores["auc_macro"])
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+def test_a_non_finite_gradient_stops_before_the_update(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(folder, out=str(tmp_path / "run"), epochs=4)
+    original = FineTuning.training_step
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def step(self: FineTuning, batch: Any, number: int) -> torch.Tensor:
+        loss = original(self, batch, number)
+        if self.current_epoch == 2 and number == 1:
+            kept.append({n: p.detach().clone() for n, p in self.named_parameters()})
+            kept.append(dict(self.named_parameters()))  # type: ignore[arg-type]
+            return loss * float("nan")
+        return loss
+
+    monkeypatch.setattr(FineTuning, "training_step", step)
+    with pytest.raises(WaraError) as caught:
+        run(config, quiet=True)
+    assert caught.value.exit_code == 6
+    assert "epoch 3, step 12" in caught.value.where
+    assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
+    last = SafeCheckpointIO().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert last["progress"]["epoch"] == 2
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["status"] == "failed"
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_noticed(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loss_per_image
+    monkeypatch.setattr(
+        "wara.training.task.loss_per_image", lambda *a, **k: original(*a, **k) + math.inf
+    )
+    with pytest.raises(WaraError, match="loss is not finite") as caught:
+        run(tiny_config(folder, out=str(tmp_path / "run")), quiet=True)
+    assert caught.value.exit_code == 6
+    # Nothing was trained yet, so nothing is left.
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_keeps_its_traceback_in_the_log(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: FineTuning, *_: Any) -> torch.Tensor:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(FineTuning, "training_step", step)
+    with pytest.raises(ZeroDivisionError):
+        run(tiny_config(folder, out=str(tmp_path / "run")), quiet=True)
+    assert "a bug" in (tmp_path / "run" / "train.log").read_text()
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), 7),
+     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 7),
+     (RuntimeError("upsample does not have a deterministic implementation, but"), 2),
+     (RuntimeError("Caught WaraError\nwara.errors.WaraError: error[data]: truncated; x.png"), 3)],
+)  # fmt: skip
+def test_known_failures_become_refusals(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def step(self: FineTuning, *_: Any) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(FineTuning, "training_step", step)
+    with pytest.raises(WaraError) as caught:
+        run(tiny_config(folder, out=str(tmp_path / "run")), quiet=True)
+    assert caught.value.exit_code == code
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_refused_at_once(folder: Path) -> None:
+    with pytest.raises(WaraError) as caught:
+        run(tiny_config(folder), quiet=True)
+    assert caught.value.exit_code == 2 and "--overwrite" in caught.value.remedy
+
+
+def test_bad_data_leaves_no_run_folder(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    (tmp_path / "data" / "images" / "calm_001.png").write_bytes(b"not an image")
+    with pytest.raises(WaraError) as caught:
+        run(config, quiet=True)
+    assert caught.value.exit_code == 3
+    assert "calm_001.png" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_global_settings_are_put_back(folder: Path, tmp_path: Path) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    run(tiny_config(folder, out=str(tmp_path / "run"), epochs=1), quiet=True)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# -- plan, report, loggers --------------------------------------------------------------------
+
+
+def test_device_and_precision() -> None:
+    assert pick_device("cpu", 1)[0] == "cpu"
+    assert pick_precision("off", "cpu")[0] == "32-true"
+    assert pick_precision("bf16", "cpu")[0] == "bf16-mixed"
+    name, why = pick_precision("auto", "cpu")
+    assert (name == "bf16-mixed") == ("has it" in why)
+    if not torch.cuda.is_available():
+        with pytest.raises(WaraError) as caught:
+            pick_device("gpu", 1)
+        assert caught.value.exit_code == 7
+
+
+def test_the_split_table_counts() -> None:
+    table = SplitTable.of(
+        [0, 1, 1, 0], ["p", "p", "q", None], ["train", "train", "val", "test"], ["no", "yes"]
+    )
+    assert table.counts == {"train": (1, 1), "val": (0, 1), "test": (1, 0)}
+    assert table.patients == {"train": 1, "val": 1, "test": None}
+    assert table.lines()[1].split() == ["train", "2", "1", "1", "1"]
+    many = [f"finding number {i}" for i in range(14)]
+    wide = SplitTable.of([(1,) * 14], [None], ["train"], many)
+    assert "1 finding number 13" in wide.lines()[0] and len(wide.lines()) == 3
+
+
+def test_result_cells() -> None:
+    full = {"value": 0.91249, "low": 0.8, "high": 0.95, "n": 9, "reason": None}
+    assert cell(full) == "0.912 [0.800, 0.950]"
+    assert cell({**full, "low": None, "high": None}) == "0.912"
+    assert cell({**full, "value": None, "reason": "one class"}) == "undefined: one class"
+    assert len(result_table({"ece": full}, {"ece": full, "auc_macro": full})) == 3
+
+
+def test_the_console_logs_what_it_does_not_print(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Console(quiet=True) as console:
+        console.say("before")
+        console.log_to(tmp_path / "train.log")
+        console.say("after\ntwo lines")
+        console.final("result")
+    assert capsys.readouterr().out == "result\n"
+    lines = [line[21:] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert lines == ["before", "after", "two lines", "result"]
+    with Console(enabled=False) as console:
+        console.final("other ranks are silent")
+    assert capsys.readouterr().out == ""
+
+
+def test_public_config_names_no_place() -> None:
+    config = RunConfig.model_validate(
+        {"dataset": "/home/ann/patients", "out": "/home/ann/out", "data": {"cache": "/home/ann/c"},
+         "backbone": {"weights": "/home/ann/w.pth"}}
+    )  # fmt: skip
+    assert "ann" not in json.dumps(public_config(config.model_dump(mode="json")))
+
+
+def test_reachability_is_decided_quickly() -> None:
+    assert not reachable("https://127.0.0.1:9", seconds=1.0)
+
+
+SECRETS = """
+import getpass, platform, socket
+socket.gethostname = platform.node = lambda: "secrethost"
+getpass.getuser = lambda: "secretuser"
+"""
+
+
+@pytest.mark.slow
+def test_wandb_offline_holds_no_names(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, epochs=1, wandb="offline")
+    process = spawn(config, SECRETS)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err == "", out + err
+    assert "wandb failed" not in out
+    store = tmp_path / "run" / "wandb"
+    files = [path for path in store.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any(path.suffix == ".wandb" for path in files)
+    content = b"".join(path.read_bytes() for path in files)
+    for word in ("calm_0", "calm-1", "labels.csv", "weights.safetensors", "secrethost",
+                 "secretuser"):  # fmt: skip
+        assert word.encode() not in content, word
+    for word in (b"val_auc_macro", b"test_auc_calm", b"confusion_matrix", b"adapter_config.json"):
+        assert word in content, word
+    assert not [path for path in files if path.suffix in (".png", ".jpg")]
+
+
+def test_trouble_with_wandb_does_not_end_a_run(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionError("no service")
+
+    monkeypatch.setattr("wara.training.loggers.WandbSink", broken)
+    run(tiny_config(folder, out=str(tmp_path / "run"), epochs=1, wandb="offline"))
+    assert "going on without it" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.json").exists()
