@@ -442,6 +442,33 @@ def test_adalora_survives_short_trainings(total: int, shares: tuple[float, float
     assert log[-1] == (4 if total < 2 else 2) * 2
 
 
+def test_adalora_allocates_where_determinism_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, calls = torch.kthvalue, []
+
+    def as_on_a_gpu(*args: Any, **kwargs: Any) -> Any:
+        calls.append(0)
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("kthvalue CUDA does not have a deterministic implementation")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "kthvalue", as_on_a_gpu)
+    method = adalora(targets=("q",))
+    model = wara.adapt(small_vit(), method)
+    optimiser = torch.optim.AdamW(wara.trainable_parameters(model).values(), lr=1e-2)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.kthvalue(torch.ones(3), 1)
+        train(model, method, range(1, 5), 4, optimiser, [])
+        assert len(calls) > 1
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_run_moves_ranks_and_resumes_bit_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,7 +227,16 @@ class Allocation:
         self.config.total_step = total_steps
         self.config.tfinal = min(int(total_steps * end), total_steps - 2)
         self.config.tinit = min(int(total_steps * start), total_steps - self.config.tfinal - 1)
-        self.tuner.update_and_allocate(step)
+        self._follow()
+        # On a GPU torch refuses `kthvalue` where determinism is asked for, because which of several
+        # equal numbers it names is not fixed; the allocator takes its value, which is.
+        strict = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(False)
+        try:
+            self.tuner.update_and_allocate(step)
+        finally:
+            torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
     def state(self) -> dict[str, Tensor]:
         """Return running means of importances and the ranks kept, by a name of each."""
@@ -238,13 +247,20 @@ class Allocation:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""
-        devices = {n: p.device for n, p in self.tuner.model.named_parameters()}
         kinds: dict[str, dict[str, Tensor]] = {"importance": {}, "uncertainty": {}, "kept": {}}
         for key, tensor in state.items():
             kind, _, name = key.partition("/")
-            kinds[kind][name] = tensor.to(devices[name])
+            kinds[kind][name] = tensor
         self.allocator.exp_avg_ipt = kinds["importance"]
         self.allocator.exp_avg_unc = kinds["uncertainty"]
         # Written anew in each step; its names tell PEFT that the means are there already.
         self.allocator.ipt = {n: torch.zeros_like(t) for n, t in kinds["importance"].items()}
         self.config.rank_pattern = {n: t.tolist() for n, t in kinds["kept"].items()} or None
+
+    def _follow(self) -> None:
+        """Move the running means to where the model has gone since they were loaded."""
+        means = (self.allocator.ipt, self.allocator.exp_avg_ipt, self.allocator.exp_avg_unc)
+        for name, parameter in self.tuner.model.named_parameters():
+            for held in means:
+                if name in held:
+                    held[name] = held[name].to(parameter.device)
