@@ -381,6 +381,21 @@ def test_early_stopping(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixt
     assert metrics["epochs"] == 3 and metrics["best_epoch"] == 1
 
 
+def test_an_undefined_monitor_falls_back_to_the_loss(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "wara.training.task.point_metrics", lambda *_, **__: {"auc_macro": None, "accuracy": 0.5}
+    )
+    run(tiny_config(folder, out=str(tmp_path / "run"), epochs=3))
+    assert "auc_macro is undefined" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    with (tmp_path / "run" / "metrics.csv").open() as handle:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(handle)]
+    assert metrics["monitor"] == "val_loss"
+    assert metrics["best_epoch"] == 1 + int(np.argmin(losses))
+
+
 def test_multilabel(tmp_path: Path, folder: Path) -> None:
     make_images(tmp_path / "data")
     rows = (tmp_path / "data" / "labels.csv").read_text().splitlines()

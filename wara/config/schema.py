@@ -108,7 +108,7 @@ class RunConfig(_Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss.")
 
     epochs: int = Field(12, ge=1, description="Passes over the training images.")
-    batch_size: int = Field(32, ge=1, description="Images per step and process.")
+    batch_size: int = Field(32, ge=1, description="Images per batch, over all devices together.")
     accumulate: int = Field(1, ge=1, description="Batches per optimiser step.")
     lr: float = Field(2e-3, ge=0, description="Peak learning rate of the adapter.")
     lr_core: float = Field(5e-2, ge=0, description="Peak learning rate of the WaRA cores.")

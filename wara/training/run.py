@@ -134,6 +134,7 @@ class _Run:
             "base_sha256": prepared.base_hash,
             "data_sha256": prepared.data_hash,
             "classes": prepared.classes,
+            "synthetic": prepared.images.synthetic,
         }
         last = self._load_last(identity) if resume else None
         if self.first:
