@@ -425,6 +425,83 @@ def test_no_test_images_are_said() -> None:
     assert scores["auc_macro"]["value"] is None and "no test images" in str(scores["auc_macro"])
 
 
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network, no cached data, no cached weights."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("wara.backbones._cached", lambda name: None)
+    monkeypatch.setenv("WARA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+def _offline(tmp_path: Path, **changes: Any) -> RunConfig:
+    values = {
+        "dataset": "retinamnist", "out": str(tmp_path / "run"), "epochs": 1, "bootstrap": 0,
+        "wandb": "off", "backbone": {"name": "vit_tiny_patch16_224"}, "data": {"images": 80},
+        "adapter": {"method": "linear_probe"},
+    }  # fmt: skip
+    return RunConfig.model_validate({**values, **changes})
+
+
+def test_offline_phantoms_and_the_small_backbone_stand_in(
+    tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(_offline(tmp_path))
+    out = capsys.readouterr().out
+    plan = out.split("epoch 1/1")[0]
+    assert "SYNTHETIC" in plan and "retinamnist" in plan and "wara_nano" in plan
+    assert "on synthetic images:" in out.split("epoch 1/1")[1]
+    path = tmp_path / "run"
+    for name in ("metrics.json", "provenance.json"):
+        assert json.loads((path / name).read_text())["synthetic"] is True, name
+    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    assert config["extra"]["synthetic"] is True
+    for name in ("splits.csv", "metrics.csv", "predictions_val.csv", "predictions_test.csv"):
+        with (path / name).open() as handle:
+            assert {row["synthetic"] for row in csv.DictReader(handle)} == {"true"}, name
+    assert "SYNTHETIC" in (path / "report.md").read_text()
+    assert (path / "config.yaml").read_text().startswith("# synthetic: true\n")
+    assert "SYNTHETIC" in (path / "train.log").read_text()
+    for name in ("last", "best"):
+        content = SafeCheckpointIO().load_checkpoint(path / "checkpoints" / f"{name}.ckpt")
+        assert content["identity"]["synthetic"] is True
+    record = json.loads((path / "provenance.json").read_text())
+    assert record["data"]["substituted_for"] == "retinamnist"
+    assert record["backbone"]["requested"] == "vit_tiny_patch16_224"
+    assert load_config(path / "config.yaml").dataset == "retinamnist"
+
+
+def test_offline_error_refuses_with_the_way_out(tmp_path: Path, no_network: None) -> None:
+    with pytest.raises(WaraError) as caught:
+        run(_offline(tmp_path, offline="error"), quiet=True)
+    assert caught.value.exit_code == 3 and caught.value.remedy
+    assert not (tmp_path / "run").exists()
+
+
+def test_given_weights_stay_when_the_data_are_replaced(
+    tmp_path: Path, folder: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = {"name": "test_vit", "img_size": 32, "weights": str(folder / "weights.safetensors")}
+    run(_offline(tmp_path, backbone=backbone), dry_run=True)
+    assert "test_vit" in capsys.readouterr().out
+
+
+def test_real_images_with_the_small_backbone_are_not_synthetic(
+    tmp_path: Path, folder: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(_offline(tmp_path, dataset=str(folder / "data")))
+    out = capsys.readouterr().out
+    assert "replaced by 'wara_nano'" in out and "SYNTHETIC" not in out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["synthetic"] is False and metrics["backbone"] == "wara_nano"
+
+
 # -- refusals ---------------------------------------------------------------------------------
 
 

@@ -252,6 +252,8 @@ class _Run:
         done: Any = trainer.fit_loop.epoch_progress.current
         done.ready = done.started = done.processed = done.completed = self.progress.epoch
         module.train()
+        if prepared.accelerator == "gpu":
+            torch.cuda.reset_peak_memory_stats()
         trainer.fit(module, datamodule=prepared.data_module(config))
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
