@@ -56,14 +56,14 @@ class Form:
     def sampled(self, device: torch.device) -> bool:
         """Whether to take `k` dot products over the tokens and not a product of all with all.
 
-        On a CPU gathering the features of one place costs about 80 multiply-adds of a dense
-        product, a tap of the transform about 12 per feature. Where matrix products have hardware
-        of their own, nothing that gathers comes near them.
+        On a CPU gathering the features of one place costs about 110 multiply-adds of a dense
+        product, a tap of the transform about 24 per feature (`benchmarks/weight_layer.py`). Where
+        matrix products have hardware of their own, nothing that gathers comes near them.
         """
         if device.type != "cpu":
             return False
         width = sum(self.sides) + self.in_features
-        return 80 * sum(self.counts) + 12 * self.length * width < sum(self.sides) * self.in_features
+        return 110 * sum(self.counts) + 24 * self.length * width < sum(self.sides) * self.in_features
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,9 @@ def _sampled(x: Tensor, dy: Tensor, values: Tensor, index: Index, form: Form) ->
             right = synthesis_adjoint(right, form.bank, 0)
             parts = [synthesis_adjoint(left[a:b], form.bank, 0) for a, b in form.rows]
             left = torch.cat(parts)
-        products = left.index_select(0, index.left) * right.index_select(0, index.right)
+        left, right = left.index_select(0, index.left), right.index_select(0, index.right)
+        # In place, unless this is itself differentiated.
+        products = left * right if torch.is_grad_enabled() else left.mul_(right)
         total = total + products.sum(1)
     return total
 
