@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -31,7 +32,7 @@ NANO_ARCHITECTURE: dict[str, int] = {
     "img_size": 112,
     "patch_size": 8,
     "embed_dim": 128,
-    "depth": 8,
+    "depth": 6,
     "num_heads": 4,
 }
 NANO_DATA: dict[str, Any] = {
@@ -274,7 +275,7 @@ def _load(model: Any, name: str, path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
         what = f"cannot read the weights: {str(error).splitlines()[0]}"
         raise WaraError("artefact", what, str(path), "copy the file again") from error
     for wrapper in ("state_dict", "model"):
@@ -285,7 +286,6 @@ def _load(model: Any, name: str, path: Path) -> None:
     classifiers = _classifier_names(model)
     heads = {key for key in own if key.startswith(classifiers)}
     state = {key: value for key, value in state.items() if not key.startswith(classifiers)}
-    # Some checkpoints carry buffers that the model recomputes; parameters must agree exactly.
     missing = sorted(own.keys() - state.keys() - heads)
     unknown = sorted(state.keys() - own.keys())
     odd = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
