@@ -56,7 +56,9 @@ def candidates(
     gradient = torch.randn(batch, 1 + grid[0] * grid[1], out, device=device)
     with torch.no_grad():
         layers = {name: layer.to(device) for name, layer in layers.items()}
-        torch.testing.assert_close(layers["wara"](x), layers["step by step"](x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            layers["wara"](x), layers["step by step"](x), rtol=1e-3, atol=1e-3
+        )
 
     def call(layer: nn.Module) -> Callable[[], None]:
         def once() -> None:
@@ -86,7 +88,12 @@ def main() -> None:
     calls = candidates(args.width, grid, args.rank, args.batch, args.core, device)
     seconds = interleave(calls, args.rounds)
     result = {
-        "setting": {**vars(args), "out": None, "device": device, "threads": torch.get_num_threads()},
+        "setting": {
+            **vars(args),
+            "out": None,
+            "device": device,
+            "threads": torch.get_num_threads(),
+        },
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "milliseconds": {k: round(1e3 * float(v.mean()), 3) for k, v in seconds.items()},

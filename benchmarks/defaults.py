@@ -108,7 +108,9 @@ def train(upper: Upper, tokens: Tensor, labels: Tensor, option: dict[str, Any], 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
         lambda s: (
-            (s + 1) / warm if s < warm else 0.5 + 0.5 * math.cos(math.pi * (s - warm) / (steps - warm))
+            (s + 1) / warm
+            if s < warm
+            else 0.5 + 0.5 * math.cos(math.pi * (s - warm) / (steps - warm))
         ),
     )
     parameters = [p for group in groups.values() for p in group]

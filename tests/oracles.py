@@ -53,7 +53,7 @@ class StepByStepWaRA(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Linear | None,
         down: Tensor,
         up: Tensor,
         cores: Tensor,
@@ -65,8 +65,10 @@ class StepByStepWaRA(nn.Module):
         self.down, self.up, self.cores = (nn.Parameter(t.clone()) for t in (down, up, cores))
         self.grid, self.prefix_tokens = grid, prefix_tokens
 
-    def forward(self, x: Tensor) -> Tensor:
-        delta = wara_update(
+    def update(self, x: Tensor) -> Tensor:
+        return wara_update(
             x, self.down, self.up, self.cores, self.grid, prefix_tokens=self.prefix_tokens
         )
-        return self.base(x) + delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.update(x)

@@ -1,0 +1,229 @@
+"""WaveFT (arXiv 2505.12532), Fig. 3 and Lemma 1: the rank of an update with `k` random places.
+
+    python benchmarks/papers/waveft_rank.py
+
+For the shapes of SDXL's attention layers: rank of `C` (SHiRA) and of `IDWT2(C)` (WaveFT) by
+singular values, against what theory says of it.
+
+With values of a continuous distribution the rank of `C` is, with probability 1, its structural
+rank: the largest number of places of which no two share a row or a column. For an orthogonal
+wavelet and even sides `IDWT2(C) = Uᵀ C V` with `U`, `V` orthogonal, so its rank is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from paper_tools import ANY, RESULTS, figure, update_of, write_figure, write_result, zero_layer
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import structural_rank
+
+from wara.adapters import SHiRA, WaveFT
+from wara.adapters.sparse import draw_places
+
+Shape = tuple[int, int]
+SHAPES: tuple[Shape, ...] = ((640, 640), (1280, 1280), (640, 2048), (1280, 2048))
+"""`(o, d)` of q, k, v, o of self-attention and of k, v of cross-attention."""
+BUDGETS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5)
+
+
+def numerical_rank(matrix: torch.Tensor) -> int:
+    """Return the number of singular values above rounding error."""
+    values = torch.linalg.svdvals(matrix)
+    limit = values.max() * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    return int((values > limit).sum())
+
+
+def measured_ranks(shape: Shape, k: int, seed: int, wavelet: str) -> dict[str, int]:
+    """Return the numerical ranks of a SHiRA and a WaveFT update with the same `C`."""
+    ranks = {}
+    for name, method in (
+        ("shira", SHiRA(k=k, seed=seed, init="gaussian", targets=ANY)),
+        ("waveft", WaveFT(k=k, seed=seed, init="gaussian", targets=ANY, wavelet=wavelet)),
+    ):
+        torch.manual_seed(seed)
+        ranks[name] = numerical_rank(update_of(zero_layer(method, shape, torch.float64)))
+    return ranks
+
+
+def matching(places: np.ndarray, shape: Shape) -> int:
+    """Return the structural rank of the places `[2, k]`."""
+    entries = np.ones(places.shape[1], dtype=np.int8)
+    return int(structural_rank(csr_matrix((entries, (places[0], places[1])), shape=shape)))
+
+
+def empty_lines(lines: int, length: int, k: int) -> float:
+    """Return the expected number of rows (or columns) of that length without any of `k` places."""
+    area = lines * length
+    log_none = sum(
+        sign * math.lgamma(n + 1)
+        for sign, n in ((1, area - length), (-1, area - length - k), (-1, area), (1, area - k))
+    ) if k <= area - length else -math.inf  # fmt: skip
+    return lines * math.exp(log_none)
+
+
+def bounds(shape: Shape, k: int) -> tuple[float, float]:
+    """Return a lower and an upper bound on the expected rank.
+
+    Above: no more than the occupied rows, or columns. Below: one place of each occupied row; these
+    are uniform and independent, so `R` occupied rows hit `f(R) = d (1 - (1 - 1/d)^R)` columns on
+    average, and as `f` is concave, `E f(R) ≥ E R · f(o) / o`. The same with rows and columns
+    exchanged; the better of the two.
+    """
+    above, below = [], []
+    for lines, length in (shape, shape[::-1]):
+        occupied = lines - empty_lines(lines, length, k)
+        hit = length * (1 - (1 - 1 / length) ** lines)
+        above.append(occupied)
+        below.append(occupied * hit / lines)
+    return max(below), min(*above, float(k))
+
+
+def asymptotic_rank(shape: Shape, k: int) -> float:
+    """Return the rank of a large random sparse matrix (arXiv 1906.05757, Theorem 1.1).
+
+    `rank / d → 1 - max_α Φ(α)`, here with Poisson numbers of places per row and column.
+    """
+    o, d = shape
+    per_row, per_column = k / o, k / d
+    gap = np.linspace(0, 1, 200_001)  # 1 - α
+    seen = np.exp(-per_row * gap)
+    phi = np.exp(-per_column * seen) + o / d * (seen * (1 + per_row * gap) - 1)
+    return float(d * (1 - phi.max()))
+
+
+def full_rank_at(shape: Shape, seed: int) -> int:
+    """Return the smallest `k` from which the matrix of a seed has full rank.
+
+    The places of a seed are the first `k` of one permutation, so the rank only grows with `k`.
+    """
+    low, high = min(shape) - 1, 20 * min(shape)
+    places = draw_places(shape, min(high, shape[0] * shape[1]), seed).numpy()
+    high = places.shape[1]
+    if matching(places, shape) < min(shape):
+        raise ValueError("no full rank within 20 places per row")
+    while high - low > 1:
+        middle = (low + high) // 2
+        if matching(places[:, :middle], shape) < min(shape):
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def half_of_all(shape: Shape) -> int:
+    """Return the `k` at which half of all matrices have no empty line of the shorter side(s).
+
+    The last obstacle to full rank are empty rows and columns, Poisson many.
+    """
+    o, d = shape
+    low, high = 1, o * d
+    while high - low > 1:
+        k = (low + high) // 2
+        empty = sum(empty_lines(n, m, k) for n, m in ((o, d), (d, o)) if n == min(shape))
+        low, high = (k, high) if empty > math.log(2) else (low, k)
+    return high
+
+
+def measure(
+    shape: Shape, budgets: tuple[float, ...], seeds: int, wavelet: str, every: int
+) -> dict[str, object]:
+    """Return all numbers for a shape; singular values at every `every`-th budget."""
+    unit, rows = sum(shape), []
+    for number, budget in enumerate(budgets):
+        k = round(budget * unit)
+        found = [matching(draw_places(shape, k, s).numpy(), shape) for s in range(seeds)]
+        below, above = bounds(shape, k)
+        row: dict[str, object] = {
+            "lora_r1": budget,
+            "k": k,
+            "structural": {"mean": sum(found) / seeds, "low": min(found), "high": max(found)},
+            "structural_seed0": found[0],
+            "bound_below": below,
+            "bound_above": above,
+            "asymptotic": asymptotic_rank(shape, k),
+        }
+        if number % every == 0:
+            row["numerical_seed0"] = measured_ranks(shape, k, 0, wavelet)
+        rows.append(row)
+        print(shape, row, flush=True)
+    full = sorted(full_rank_at(shape, seed) for seed in range(seeds))
+    at = full_rank_at(shape, 0)
+    result = {
+        "shape": list(shape),
+        "lora_r1": unit,
+        "rows": rows,
+        "full_rank": {
+            "median_k": float(np.median(full)),
+            "low_k": full[0],
+            "high_k": full[-1],
+            "median_lora_r1": float(np.median(full)) / unit,
+            "low_lora_r1": full[0] / unit,
+            "high_lora_r1": full[-1] / unit,
+            "predicted_lora_r1": half_of_all(shape) / unit,
+            "seeds": seeds,
+            "seed0": {
+                "k": at,
+                "numerical": measured_ranks(shape, at, 0, wavelet),
+                "numerical_one_less": measured_ranks(shape, at - 1, 0, wavelet),
+            },
+        },
+    }
+    print(shape, result["full_rank"], flush=True)
+    return result
+
+
+def draw(found: list[dict], path: Path) -> None:
+    """Draw rank over `k`, both in units of what they are compared with."""
+    fig = figure(3.1 * len(found), 3.0)
+    for ax, one in zip(fig.subplots(1, len(found), sharey=True, squeeze=False)[0], found,
+                       strict=True):  # fmt: skip
+        most, rows = min(one["shape"]), one["rows"]
+        x = [row["lora_r1"] for row in rows]
+        for key, style, label in (
+            ("bound_above", ":", "bounds"),
+            ("bound_below", ":", None),
+            ("asymptotic", "-", "asymptotic"),
+        ):
+            ax.plot(x, [row[key] / most for row in rows], style, color="0.5", label=label)
+        ax.plot(x, x / np.float64(most), "--", color="#D55E00", label="LoRA")
+        ax.plot(x, [row["structural"]["mean"] / most for row in rows], ".", color="#0072B2",
+                label="structural rank")  # fmt: skip
+        for name, mark in (("shira", "s"), ("waveft", "x")):
+            some = [row for row in rows if "numerical_seed0" in row]
+            ax.plot(
+                [row["lora_r1"] for row in some],
+                [row["numerical_seed0"][name] / most for row in some],
+                mark, color="#009E73", fillstyle="none", markersize=8, label=f"{name}, by SVD",
+            )  # fmt: skip
+        ax.axvline(one["full_rank"]["median_lora_r1"], color="0.8", zorder=0)
+        ax.set(title=f"{one['shape'][0]} x {one['shape'][1]}", xlabel="k / (d + o)")
+        ax.grid(alpha=0.25)
+    fig.axes[0].set_ylabel("rank / full rank")
+    fig.axes[-1].legend(fontsize=7, loc="center right")
+    write_figure(fig, path)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, object]:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=[f"{o}x{d}" for o, d in SHAPES])
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--every", type=int, default=4, help="singular values at each n-th budget")
+    parser.add_argument("--wavelet", default="haar")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    shapes = [(int(o), int(d)) for o, d in (text.split("x") for text in args.shapes)]
+    found = [measure(s, BUDGETS, args.seeds, args.wavelet, args.every) for s in shapes]
+    result: dict[str, object] = {"shapes": found}
+    write_result(args.out / "waveft_rank.json", vars(args), result)
+    draw(found, args.out / "waveft_rank.png")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""What a training step costs with each method: time and peak memory, as ratios with spread.
+
+    python benchmarks/train_step.py --out benchmarks/results/train_step_cpu.json
+
+One process per method, so that each has a peak memory of its own. The processes wait for their turn:
+in every round each takes a few steps, in a new order, so that a drifting machine treats all alike.
+A step is forward, cross-entropy, backward, AdamW, zero_grad. Reported are the ratios of a method to
+our LoRA and to the floor (a frozen trunk with a gradient for its input) within a round: median and
+the middle 80 %. Peak memory is what steps add to a process at rest with its model (CPU), or what the
+device holds at the most (GPU). On a CPU this takes ViT-S/16 at 224 px; with a GPU, ViT-B/16 in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import random
+import resource
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timing import ratio, synchronise
+from torch import Tensor, nn
+
+import wara
+from wara.adapters import method_from_options
+from wara.adapters.targets import adapted_layers, remove
+
+TARGETS = r"blocks\.\d+\.attn\.(qkv|proj)"
+OURS: dict[str, dict[str, Any]] = {
+    "linear_probe": {"method": "linear_probe"},
+    "lora": {"method": "lora", "rank": 4},
+    "wara": {"method": "wara", "rank": 4},
+    "tiny_wara": {"method": "tiny_wara"},
+    "waveft": {"method": "waveft"},
+    "shira": {"method": "shira"},
+    "vera": {"method": "vera"},
+    "adalora": {"method": "adalora"},
+    "loha": {"method": "loha"},
+    "lokr": {"method": "lokr"},
+    "fourierft": {"method": "fourierft"},
+    "dora": {"method": "dora"},
+    "bitfit": {"method": "bitfit"},
+    "ln_tuning": {"method": "ln_tuning"},
+    "full": {"method": "full"},
+}
+METHODS = ["floor", *OURS, "wara step by step", "lora (PEFT)", "waveft (PEFT)", "shira (PEFT)"]
+# What is wanted: (label, numerator, denominator, bound, whether the ratio may be at most the bound).
+WANTED = [
+    ("WaRA at most 1.05 x our LoRA", "wara", "lora", 1.05, True),
+    ("WaRA no slower than PEFT's LoRA", "wara", "lora (PEFT)", 1.0, True),
+    ("WaveFT at most 1.10 x our LoRA", "waveft", "lora", 1.10, True),
+    ("PEFT's WaveFT at least 1.5 x ours", "waveft (PEFT)", "waveft", 1.5, False),
+]
+
+
+def build(name: str, backbone: str, size: int | None) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Return the model of a candidate and what it trains; all start from the same base weights."""
+    torch.manual_seed(0)
+    options = {} if size is None else {"img_size": size}
+    model: Any = timm.create_model(backbone, num_classes=10, **options)
+    torch.manual_seed(1)
+    if name == "floor":
+        model.requires_grad_(False)
+        return model, []
+    if name.endswith("(PEFT)"):
+        return _peft(model, name)
+    steps = name == "wara step by step"
+    wanted = dict(OURS["wara" if steps else name])
+    wara.adapt(model, method_from_options(wanted.pop("method"), wanted))
+    if steps:
+        _step_by_step(model)
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def _peft(model: Any, name: str) -> tuple[nn.Module, list[nn.Parameter]]:
+    """PEFT's own layers on the whole linear layers, with as many numbers as ours have there."""
+    import peft
+
+    width = model.embed_dim
+    if name.startswith("lora"):
+        # One pair on the fused layer where ours has three: rank 4 on q, k, v is rank 6 on qkv.
+        ranks = {r".*qkv": 6}
+        config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS, rank_pattern=ranks)
+    elif name.startswith("waveft"):
+        config = peft.WaveFTConfig(n_frequency=4 * width, target_modules=TARGETS)
+    else:
+        config = peft.ShiraConfig(r=1, target_modules=TARGETS)
+    model = peft.inject_adapter_in_model(config, model)
+    model.get_classifier().requires_grad_(True)
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def _step_by_step(model: Any) -> None:
+    """Replace every WaRA layer by the form in full width, subband by subband."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from oracles import StepByStepWaRA
+
+    grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
+    for name, layer in adapted_layers(model).items():
+        adapter: Any = layer.adapter
+        parts = [
+            StepByStepWaRA(None, down, up, core, grid, prefix)
+            for down, up, core in zip(
+                adapter.down.detach().split(adapter.rank),
+                adapter.up.detach().split(adapter.sizes),
+                adapter.full_cores().detach(),
+                strict=True,
+            )
+        ]
+        remove(model, name, Stepped(layer.plain(), parts))
+
+
+class Stepped(nn.Module):
+    """A frozen linear layer with one step-by-step adapter per row group."""
+
+    def __init__(self, base: nn.Linear, parts: list[Any]) -> None:
+        super().__init__()
+        self.base, self.parts = base, nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[b, n, o]`."""
+        return self.base(x) + torch.cat([part.update(x) for part in self.parts], dim=-1)
+
+
+def work(pipe: Connection, name: str, args: argparse.Namespace, size: int | None) -> None:
+    """Take steps when told to, and answer with seconds per step; a process of its own."""
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, parameters = build(name, args.model, size)
+    model.to(device).train()
+    side = model.patch_embed.img_size
+    x = torch.randn(args.batch, 3, *side, device=device, requires_grad=name == "floor")
+    labels = torch.randint(0, 10, (args.batch,), device=device)
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(x)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        if optimiser is None:
+            x.grad = None
+        else:
+            optimiser.step()
+            optimiser.zero_grad()
+
+    at_rest = resident_mb()
+    for _ in range(2):
+        step()
+    counts = sum(p.numel() for p in parameters)
+    pipe.send({"trainable": counts})
+    while pipe.recv():
+        synchronise()
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            step()
+        synchronise()
+        pipe.send((time.perf_counter() - start) / args.steps)
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        # What training adds: libraries that a method imports are not its working memory.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - at_rest
+    pipe.send(peak)
+
+
+def resident_mb() -> float:
+    """Return the memory this process holds now, in MiB (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def measure(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
+    """Run all candidates in rounds and return the figures."""
+    context = multiprocessing.get_context("spawn")
+    pipes, workers, counts = {}, {}, {}
+    for name in args.methods:
+        here, there = context.Pipe()
+        worker = context.Process(target=work, args=(there, name, args, size), daemon=True)
+        worker.start()
+        there.close()
+        # One after the other: building all at once would thrash a small machine.
+        counts[name] = here.recv()["trainable"]
+        pipes[name], workers[name] = here, worker
+        print(f"ready: {name}, {counts[name]:,} trainable", flush=True)
+    order, names = random.Random(0), list(args.methods)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        order.shuffle(names)
+        for name in names:
+            pipes[name].send(True)
+            seconds[name].append(pipes[name].recv())
+    peaks = {}
+    for name in args.methods:
+        pipes[name].send(False)
+        peaks[name] = pipes[name].recv()
+        workers[name].join()
+    times = {name: np.array(values) for name, values in seconds.items()}
+    rows = {}
+    for name in args.methods:
+        rows[name] = {
+            "trainable": counts[name],
+            "seconds": round(float(np.median(times[name])), 4),
+            "time / lora": _against(times, name, "lora"),
+            "time / floor": _against(times, name, "floor"),
+            "peak_mb": round(peaks[name], 1),
+        }
+    return {"rows": rows, "wanted": verdicts(times, peaks)}
+
+
+def _against(times: dict[str, np.ndarray], name: str, other: str) -> dict[str, float] | None:
+    return ratio(times[name], times[other]) if other in times else None
+
+
+def verdicts(times: dict[str, np.ndarray], peaks: dict[str, float]) -> list[dict[str, Any]]:
+    """Return what was wanted, what was measured, and whether it was reached."""
+    found: list[dict[str, Any]] = []
+    for label, top, bottom, bound, at_most in WANTED:
+        if top in times and bottom in times:
+            got = ratio(times[top], times[bottom])
+            reached = got["median"] <= bound if at_most else got["median"] >= bound
+            found.append({"wanted": label, "got": got, "reached": reached})
+    if "lora (PEFT)" in peaks:
+        for name in ("lora", "wara", "tiny_wara", "waveft", "shira"):
+            if name in peaks:
+                got = round(peaks[name] / peaks["lora (PEFT)"], 3)
+                label = f"peak memory of {name} no higher than PEFT's LoRA"
+                found.append({"wanted": label, "got": got, "reached": got <= 1.0})
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+
+    def spread(cell: dict[str, float] | None) -> str:
+        return f"{cell['median']:.2f} ({cell['p10']:.2f} to {cell['p90']:.2f})" if cell else ""
+
+    lines = [
+        "| method | trainable | ms per step | time / our LoRA | time / floor | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        lines.append(
+            f"| {name} | {row['trainable']:,} | {1e3 * row['seconds']:.0f} | "
+            f"{spread(row['time / lora'])} | {spread(row['time / floor'])} | {row['peak_mb']:.0f} |"
+        )
+    lines += ["", "| wanted | measured | reached |", "|---|---|---|"]
+    for row in result["wanted"]:
+        got = spread(row["got"]) if isinstance(row["got"], dict) else f"{row['got']:.2f}"
+        lines.append(f"| {row['wanted']} | {got} | {'yes' if row['reached'] else 'no'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table, write the figures."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--model", default="vit_base_patch16_224" if gpu else "vit_small_patch16_224"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512] if gpu else [224])
+    parser.add_argument("--batch", type=int, default=64 if gpu else 8)
+    parser.add_argument("--steps", type=int, default=5 if gpu else 1, help="steps per turn")
+    parser.add_argument("--rounds", type=int, default=30 if gpu else 12)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    args = parser.parse_args()
+    results: dict[str, Any] = {
+        "setting": {**{k: v for k, v in vars(args).items() if k != "out"}, "gpu": gpu},
+        "machine": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "torch": torch.__version__,
+    }
+    for size in args.sizes:
+        results[f"{size} px"] = measure(args, size)
+        print(f"\n{size} px\n\n{table(results[f'{size} px'])}\n", flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
