@@ -364,6 +364,36 @@ def test_allocation_keeps_the_total():
         assert abs(sum(allocate(many, 500, allocation)) - 2000) <= 2
 
 
+def test_a_model_without_weights_can_be_counted():
+    with torch.device("meta"):
+        model = Tower()
+    wara.adapt(model, wara.WaveFT(k=9, targets=EVERY))
+    assert count_parameters(model)["adapter"] == 27
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [wara.WaveFT, wara.SHiRA])
+def test_any_module_is_adapted_and_merged_by_patterns(method):
+    model = wara.adapt(Tower(), method(targets=("*.q",))).double()
+    assert list(adapted_layers(model)) == ["a.q", "b.q"]
+    for parameter in wara.trainable_parameters(model).values():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    merged = wara.merge(model)
+    assert type(merged.a["q"]) is nn.Linear
+    torch.testing.assert_close(merged(x), model(x), rtol=0, atol=1e-10)
+
+
+def test_deterministic_algorithms_suffice():
+    adapted = layer((16, 16), "haar", k=100)
+    x = torch.randn(5, 16, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        adapted(x).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_fused_layer_is_three_matrices():
     import timm
 
