@@ -147,9 +147,9 @@ def test_missing_validation_comes_out_of_training():
 
 def test_a_hundred_thousand_images_are_split_in_seconds():
     labels = np.random.default_rng(0).integers(0, 14, 100_000)
-    started = time.monotonic()
+    started = time.process_time()
     parts = stratify(labels, np.arange(100_000), (0.65, 0.15, 0.2), 0)
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     assert np.bincount(parts).tolist() == pytest.approx([65_000, 15_000, 20_000], abs=20)
 
 

@@ -426,7 +426,7 @@ def test_a_name_service_that_hangs_costs_seconds(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     started = time.monotonic()
     assert not reachable("https://zenodo.org/file", seconds=0.2)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
 
 
 def test_default_cache(monkeypatch, tmp_path):
