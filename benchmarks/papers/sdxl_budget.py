@@ -19,8 +19,7 @@ import torch
 from paper_tools import RESULTS, write_result
 from torch import nn
 
-import wara
-from wara.adapters import LoRA, Method, SHiRA, WaveFT
+from wara.adapters import LoRA, Method, SHiRA, WaveFT, adapt, count_parameters, unload
 from wara.adapters.budget import fit
 from wara.adapters.targets import find_targets
 
@@ -86,14 +85,14 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     counted: dict[str, dict[str, object]] = {}
     for method in methods:
         fitted, wanted, got = fit(method, model, "lora_r1")
-        wara.adapt(model, fitted)
+        adapt(model, fitted)
         counted[method.name] = {
             "wanted": wanted,
             "fitted": got,
-            "adapted": wara.count_parameters(model)["adapter"],
+            "adapted": count_parameters(model)["adapter"],
             "per_matrix": getattr(fitted, "k", None),
         }
-        wara.unload(model)
+        unload(model)
     total = by_formula(SDXL)
     result: dict[str, object] = {
         "unet_parameters": sum(p.numel() for p in model.parameters()),

@@ -80,7 +80,7 @@ def run_images(path: Path, config: RunConfig, info: BackboneInfo, count: int) ->
         if place is None or images.sha256(place) != row["sha256"]:
             what = f"the test image {row['file']} is not the one of the run"
             raise WaraError("data", what, config.dataset, "give the data the run was made with")
-        pixels = images.read_resized(place, spec.size, spec.interpolation)
+        pixels = images.resized(place, spec.size, spec.interpolation)
         found.append(to_tensor(pixels, spec.mean, spec.std))
     if not found:
         raise WaraError("data", "the run has no test images", str(path), "give another run")
@@ -90,7 +90,8 @@ def run_images(path: Path, config: RunConfig, info: BackboneInfo, count: int) ->
 def measure(path: Path, count: int) -> dict[str, Any]:
     """Return energies, their shares and singular values of a run."""
     model, info, config, provenance = load_run(path)
-    energy = subband_energy(model, run_images(path, config, info, count))
+    images = run_images(path, config, info, count)
+    energy = subband_energy(model, images)
     if not energy:
         what = f"the method '{config.adapter.method}' has no subbands"
         raise WaraError("usage", what, str(path), "give runs of wara or tiny_wara")
@@ -105,7 +106,7 @@ def measure(path: Path, count: int) -> dict[str, Any]:
         "synthetic": provenance["synthetic"],
         "seed": config.seed,
         "backbone": info.name,
-        "images": count,
+        "images": len(images),
         "energy": energy,
         "share": shares(energy),
         "singular_values": spectra,
@@ -159,10 +160,11 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     found = [measure(path, args.images) for path in paths]
     for one in found:
         print(one["run"], {band: round(share, 3) for band, share in one["share"].items()})
-        for name in ("energy", "singular_values"):
-            draw = plots.subband_energy if name == "energy" else plots.singular_values
-            stem = "subband_energy" if name == "energy" else name
-            draw(one[name], args.out / f"{one['run']}_{stem}.png", synthetic=one["synthetic"])
+        stem, synthetic = args.out / one["run"], one["synthetic"]
+        plots.subband_energy(one["energy"], f"{stem}_subband_energy.png", synthetic=synthetic)
+        plots.singular_values(
+            one["singular_values"], f"{stem}_singular_values.png", synthetic=synthetic
+        )
     result: dict[str, object] = {"runs": found}
     setting = {"runs": [path.name for path in paths], "images": args.images}
     write_result(args.out / "wara_subbands.json", setting, result)

@@ -61,10 +61,10 @@ def train(method: Method, x: Tensor, y: Tensor, seed: int, steps: int) -> float:
         optimiser.zero_grad()
         value = (model(x) - y).square().mean() / y.square().mean()
         value.backward()
-        return value
+        return value.detach()
 
     optimiser.step(loss)
-    return float(loss())
+    return loss().item()
 
 
 def least_sparse(places: Tensor, x: Tensor, y: Tensor) -> float:

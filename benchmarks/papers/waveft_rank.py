@@ -6,8 +6,10 @@ For the shapes of SDXL's attention layers: rank of `C` (SHiRA) and of `IDWT2(C)`
 singular values, against what theory says of it.
 
 With values of a continuous distribution the rank of `C` is, with probability 1, its structural
-rank: the largest number of places of which no two share a row or a column. For an orthogonal
-wavelet and even sides `IDWT2(C) = Uᵀ C V` with `U`, `V` orthogonal, so its rank is the same.
+rank: the largest number of places of which no two share a row or a column. For Haar and even sides
+`IDWT2(C) = Uᵀ C' V` with `U`, `V` orthogonal, where `C'` is `[[LL, LH], [HL, HH]]` with the two
+quadrants off the diagonal exchanged (`LH` is the high-pass across rows). So the rank of a WaveFT
+update is the structural rank of the exchanged places; these are as random as the others.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from wara.adapters.sparse import draw_places
 Shape = tuple[int, int]
 SHAPES: tuple[Shape, ...] = ((640, 640), (1280, 1280), (640, 2048), (1280, 2048))
 """`(o, d)` of q, k, v, o of self-attention and of k, v of cross-attention."""
+METHODS: dict[str, Any] = {"shira": SHiRA, "waveft": WaveFT}
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5)
 
 
@@ -38,16 +42,20 @@ def numerical_rank(matrix: torch.Tensor) -> int:
     return int((values > limit).sum())
 
 
-def measured_ranks(shape: Shape, k: int, seed: int, wavelet: str) -> dict[str, int]:
-    """Return the numerical ranks of a SHiRA and a WaveFT update with the same `C`."""
-    ranks = {}
-    for name, method in (
-        ("shira", SHiRA(k=k, seed=seed, init="gaussian", targets=ANY)),
-        ("waveft", WaveFT(k=k, seed=seed, init="gaussian", targets=ANY, wavelet=wavelet)),
-    ):
-        torch.manual_seed(seed)
-        ranks[name] = numerical_rank(update_of(zero_layer(method, shape, torch.float64)))
-    return ranks
+def measured_rank(name: str, shape: Shape, k: int, seed: int) -> int:
+    """Return the rank of the update of a SHiRA or WaveFT layer with random numbers."""
+    method = METHODS[name](k=k, seed=seed, init="gaussian", targets=ANY)
+    torch.manual_seed(seed)
+    return numerical_rank(update_of(zero_layer(method, shape, torch.float64)))
+
+
+def places_of(name: str, shape: Shape, k: int, seed: int) -> np.ndarray:
+    """Return the places `[2, k]` whose structural rank is the rank of the update."""
+    places = draw_places(shape, k, seed).numpy()
+    if name == "shira":
+        return places
+    half = np.array([[shape[0] // 2], [shape[1] // 2]])
+    return places % half + half * (places >= half)[::-1]
 
 
 def matching(places: np.ndarray, shape: Shape) -> int:
@@ -96,14 +104,13 @@ def asymptotic_rank(shape: Shape, k: int) -> float:
     return float(d * (1 - phi.max()))
 
 
-def full_rank_at(shape: Shape, seed: int) -> int:
-    """Return the smallest `k` from which the matrix of a seed has full rank.
+def full_rank_at(name: str, shape: Shape, seed: int) -> int:
+    """Return the smallest `k` from which the update of a seed has full rank.
 
     The places of a seed are the first `k` of one permutation, so the rank only grows with `k`.
     """
-    low, high = min(shape) - 1, 20 * min(shape)
-    places = draw_places(shape, min(high, shape[0] * shape[1]), seed).numpy()
-    high = places.shape[1]
+    low, high = min(shape) - 1, min(20 * min(shape), shape[0] * shape[1])
+    places = places_of(name, shape, high, seed)
     if matching(places, shape) < min(shape):
         raise ValueError("no full rank within 20 places per row")
     while high - low > 1:
@@ -130,95 +137,85 @@ def half_of_all(shape: Shape) -> int:
 
 
 def measure(
-    shape: Shape, budgets: tuple[float, ...], seeds: int, wavelet: str, every: int
+    shape: Shape, budgets: tuple[float, ...], seeds: int, svd: list[float]
 ) -> dict[str, object]:
-    """Return all numbers for a shape; singular values at every `every`-th budget."""
+    """Return all numbers for a shape; singular values at the budgets `svd`."""
     unit, rows = sum(shape), []
-    for number, budget in enumerate(budgets):
+    for budget in budgets:
         k = round(budget * unit)
-        found = [matching(draw_places(shape, k, s).numpy(), shape) for s in range(seeds)]
         below, above = bounds(shape, k)
         row: dict[str, object] = {
             "lora_r1": budget,
             "k": k,
-            "structural": {"mean": sum(found) / seeds, "low": min(found), "high": max(found)},
-            "structural_seed0": found[0],
             "bound_below": below,
             "bound_above": above,
             "asymptotic": asymptotic_rank(shape, k),
         }
-        if number % every == 0:
-            row["numerical_seed0"] = measured_ranks(shape, k, 0, wavelet)
+        for name in METHODS:
+            found = [matching(places_of(name, shape, k, s), shape) for s in range(seeds)]
+            row[name] = {
+                "mean": sum(found) / seeds,
+                "low": min(found),
+                "high": max(found),
+                "seed0": found[0],
+                "seed0_by_svd": measured_rank(name, shape, k, 0) if budget in svd else None,
+            }
         rows.append(row)
         print(shape, row, flush=True)
-    full = sorted(full_rank_at(shape, seed) for seed in range(seeds))
-    at = full_rank_at(shape, 0)
-    result = {
-        "shape": list(shape),
-        "lora_r1": unit,
-        "rows": rows,
-        "full_rank": {
-            "median_k": float(np.median(full)),
-            "low_k": full[0],
-            "high_k": full[-1],
-            "median_lora_r1": float(np.median(full)) / unit,
-            "low_lora_r1": full[0] / unit,
-            "high_lora_r1": full[-1] / unit,
-            "predicted_lora_r1": half_of_all(shape) / unit,
-            "seeds": seeds,
-            "seed0": {
-                "k": at,
-                "numerical": measured_ranks(shape, at, 0, wavelet),
-                "numerical_one_less": measured_ranks(shape, at - 1, 0, wavelet),
-            },
-        },
-    }
-    print(shape, result["full_rank"], flush=True)
-    return result
+    full: dict[str, object] = {"predicted_lora_r1": half_of_all(shape) / unit, "seeds": seeds}
+    for name in METHODS:
+        each = [full_rank_at(name, shape, seed) for seed in range(seeds)]
+        full[name] = {
+            "k": each,
+            "median_lora_r1": float(np.median(each)) / unit,
+            "low_lora_r1": min(each) / unit,
+            "high_lora_r1": max(each) / unit,
+            "seed0_by_svd": measured_rank(name, shape, each[0], 0),
+            "seed0_one_less_by_svd": measured_rank(name, shape, each[0] - 1, 0),
+        }
+    print(shape, full, flush=True)
+    return {"shape": list(shape), "lora_r1": unit, "rows": rows, "full_rank": full}
 
 
 def draw(found: list[dict], path: Path) -> None:
     """Draw rank over `k`, both in units of what they are compared with."""
     fig = figure(3.1 * len(found), 3.0)
-    for ax, one in zip(fig.subplots(1, len(found), sharey=True, squeeze=False)[0], found,
-                       strict=True):  # fmt: skip
+    panels = fig.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for ax, one in zip(panels, found, strict=True):
         most, rows = min(one["shape"]), one["rows"]
-        x = [row["lora_r1"] for row in rows]
+        x = np.array([row["lora_r1"] for row in rows])
         for key, style, label in (
             ("bound_above", ":", "bounds"),
             ("bound_below", ":", None),
             ("asymptotic", "-", "asymptotic"),
         ):
             ax.plot(x, [row[key] / most for row in rows], style, color="0.5", label=label)
-        ax.plot(x, x / np.float64(most), "--", color="#D55E00", label="LoRA")
-        ax.plot(x, [row["structural"]["mean"] / most for row in rows], ".", color="#0072B2",
-                label="structural rank")  # fmt: skip
-        for name, mark in (("shira", "s"), ("waveft", "x")):
-            some = [row for row in rows if "numerical_seed0" in row]
-            ax.plot(
-                [row["lora_r1"] for row in some],
-                [row["numerical_seed0"][name] / most for row in some],
-                mark, color="#009E73", fillstyle="none", markersize=8, label=f"{name}, by SVD",
-            )  # fmt: skip
-        ax.axvline(one["full_rank"]["median_lora_r1"], color="0.8", zorder=0)
+        ax.plot(x, x / most, "--", color="#D55E00", label="LoRA")
+        for name, mark, colour in (("shira", "s", "#009E73"), ("waveft", "x", "#0072B2")):
+            mean = [row[name]["mean"] / most for row in rows]
+            ax.plot(x, mean, mark, color=colour, fillstyle="none", markersize=5, label=name)
+            ax.axvline(one["full_rank"][name]["median_lora_r1"], color=colour, alpha=0.3)
         ax.set(title=f"{one['shape'][0]} x {one['shape'][1]}", xlabel="k / (d + o)")
         ax.grid(alpha=0.25)
-    fig.axes[0].set_ylabel("rank / full rank")
-    fig.axes[-1].legend(fontsize=7, loc="center right")
+    panels[0].set_ylabel("rank / full rank")
+    panels[-1].legend(fontsize=7, loc="center right")
     write_figure(fig, path)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, object]:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=[f"{o}x{d}" for o, d in SHAPES])
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--every", type=int, default=4, help="singular values at each n-th budget")
-    parser.add_argument("--wavelet", default="haar")
+    parser.add_argument(
+        "--shapes", nargs="+", default=[f"{o}x{d}" for o, d in SHAPES], help="even sides"
+    )
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--svd", type=float, nargs="*", default=[1, 3], help="budgets, of BUDGETS")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     shapes = [(int(o), int(d)) for o, d in (text.split("x") for text in args.shapes)]
-    found = [measure(s, BUDGETS, args.seeds, args.wavelet, args.every) for s in shapes]
+    if any(side % 2 for shape in shapes for side in shape):
+        parser.error("an odd side has more coefficients than entries; give even ones")
+    found = [measure(shape, BUDGETS, args.seeds, args.svd) for shape in shapes]
     result: dict[str, object] = {"shapes": found}
     write_result(args.out / "waveft_rank.json", vars(args), result)
     draw(found, args.out / "waveft_rank.png")

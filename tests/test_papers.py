@@ -1,0 +1,420 @@
+"""The scripts behind the papers' results, each against an oracle of its own, and what is stored."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from training_helpers import CLASSES, tiny_config
+
+import wara
+from wara.adapters import SHiRA, WaveFT, method_from_options
+from wara.backbones import build_backbone
+from wara.config import dump_config
+from wara.errors import WaraError
+from wara.images import ImageSpec, load_tensor
+
+PAPERS = Path(__file__).resolve().parents[1] / "benchmarks" / "papers"
+RESULTS = PAPERS / "results"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts():
+    sys.path.insert(0, str(PAPERS))
+    yield
+    sys.path.remove(str(PAPERS))
+
+
+def script(name: str):
+    return importlib.import_module(name)
+
+
+def stored(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["result"]
+
+
+# -- rank ----------------------------------------------------------------------------------
+
+
+def test_structural_rank_is_the_best_matching_by_trying_all():
+    rank = script("waveft_rank")
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        places = np.array(np.unravel_index(rng.choice(20, rng.integers(1, 9), False), (4, 5)))
+        chosen = set(zip(*places.tolist(), strict=True))
+        best = max(
+            sum((row, column) in chosen for row, column in enumerate(columns))
+            for columns in itertools.permutations(range(5), 4)
+        )
+        assert rank.matching(places, (4, 5)) == best
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_ranks_of_shira_and_waveft_are_the_structural_rank(shape):
+    rank = script("waveft_rank")
+    for name in ("shira", "waveft"):
+        for k in (5, sum(shape) // 2, sum(shape), 3 * sum(shape)):
+            want = rank.matching(rank.places_of(name, shape, k, 1), shape)
+            assert rank.measured_rank(name, shape, k, 1) == want
+
+
+def test_rank_is_as_numpy_counts_it_on_a_dense_matrix():
+    rank = script("waveft_rank")
+    method = WaveFT(k=60, seed=3, init="gaussian", targets=("*",))
+    torch.manual_seed(3)
+    update = script("paper_tools").update_of(
+        script("paper_tools").zero_layer(method, (20, 30), torch.float64)
+    )
+    assert update.dtype == torch.float64
+    assert rank.numerical_rank(update) == np.linalg.matrix_rank(update.numpy())
+
+
+def test_bounds_hold_on_average_and_empty_rows_are_counted_right():
+    rank = script("waveft_rank")
+    shape, rng = (30, 50), np.random.default_rng(0)
+    for k in (20, 60, 150):
+        flat = [rng.choice(1500, k, replace=False) for _ in range(400)]
+        empty = np.mean([30 - len(set((f // 50).tolist())) for f in flat])
+        assert rank.empty_lines(30, 50, k) == pytest.approx(empty, abs=0.4)
+        found = np.mean([rank.matching(np.stack([f // 50, f % 50]), shape) for f in flat])
+        below, above = rank.bounds(shape, k)
+        assert below - 0.2 <= found <= above + 0.2
+    assert rank.empty_lines(3, 4, 9) == 0  # 12 places, 3 left: no row of 4 can be empty
+
+
+def test_asymptotic_rank_is_the_matching_number_of_random_bipartite_graphs():
+    # Karp and Sipser's formula for a square matrix with c places per row on average.
+    rank, n = script("waveft_rank"), 1000
+    for c in (0.5, 2.0, 5.0):
+        low = scipy.optimize.brentq(lambda x, c=c: x - c * math.exp(-c * math.exp(-x)), 0, c) \
+            if c <= math.e else fixed_point(c)  # fmt: skip
+        high = c * math.exp(-low)
+        want = n * (2 - (low + high + low * high) / c)
+        assert rank.asymptotic_rank((n, n), round(c * n)) == pytest.approx(want, abs=0.05)
+    # And the rectangular case against a large draw.
+    shape, k = (600, 1500), 1800
+    found = rank.matching(rank.draw_places(shape, k, 0).numpy(), shape)
+    assert rank.asymptotic_rank(shape, k) == pytest.approx(found, abs=8)
+
+
+def fixed_point(c: float) -> float:
+    x = 0.0
+    for _ in range(10_000):  # from 0 it climbs to the smallest solution
+        x = c * math.exp(-c * math.exp(-x))
+    return x
+
+
+def test_rank_script_finds_where_full_rank_begins(tmp_path):
+    rank = script("waveft_rank")
+    result = rank.main(["--shapes", "24x24", "16x40", "--seeds", "3", "--out", str(tmp_path)])
+    for one in result["shapes"]:
+        most = min(one["shape"])
+        for name in ("shira", "waveft"):
+            at = one["full_rank"][name]
+            assert (at["seed0_by_svd"], at["seed0_one_less_by_svd"]) == (most, most - 1)
+            means = [row[name]["mean"] for row in one["rows"]]
+            assert means == sorted(means)  # the places of a smaller k are among a larger's
+    assert (tmp_path / "waveft_rank.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "waveft_rank.json").read_text())["setting"]["seeds"] == 3
+
+
+def test_stored_ranks_say_what_the_docs_say():
+    shapes = {tuple(one["shape"]): one for one in stored("waveft_rank")["shapes"]}
+    assert set(shapes) == {(640, 640), (1280, 1280), (640, 2048), (1280, 2048)}
+    for one in shapes.values():
+        most = min(one["shape"])
+        for row in one["rows"]:
+            for name in ("shira", "waveft"):
+                found = row[name]
+                assert found["seed0_by_svd"] in (None, found["seed0"])
+                assert row["bound_below"] - 2 <= found["mean"] <= row["bound_above"] + 2
+                # The theorem is about infinitely many rows; a thousand are near.
+                assert abs(row["asymptotic"] - found["mean"]) < 0.01 * most
+                if row["lora_r1"] == 3:
+                    assert found["seed0_by_svd"] is not None and found["mean"] > 0.99 * most
+        for name in ("shira", "waveft"):
+            full = one["full_rank"][name]
+            assert (full["seed0_by_svd"], full["seed0_one_less_by_svd"]) == (most, most - 1)
+
+
+# -- interpolation -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["shira", "waveft"])
+def test_least_loss_of_a_sparse_update_is_that_of_dense_least_squares(name):
+    tools, fit = script("paper_tools"), script("waveft_interpolation")
+    side, k = 12, 40
+    x, y = fit.pairs(side, 5, 0)
+    method = (
+        SHiRA(k=k, seed=2, targets=("*",))
+        if name == "shira"
+        else WaveFT(k=k, seed=2, scale=1.0, targets=("*",))
+    )
+    model = tools.zero_layer(method, (side, side), torch.float64)
+    (values,) = tools.trained(model)
+    columns = []
+    for i in range(k):  # the model is linear in its k numbers: one column each
+        with torch.no_grad():
+            values.zero_()[i] = 1
+            columns.append(model(x).flatten())
+    design = torch.stack(columns, 1).numpy()
+    left = y.flatten().numpy()
+    left = left - design @ np.linalg.lstsq(design, left, rcond=None)[0]
+    want = (left**2).sum() / float(y.square().sum())
+    places = fit.draw_places((side, side), k, 2)
+    arguments = (places, x, y) if name == "shira" else fit.in_coefficients(places, x, y)
+    assert fit.least_sparse(*arguments) == pytest.approx(want, abs=1e-10)
+    assert fit.train(method, x, y, 0, 300) == pytest.approx(want, abs=1e-4)
+
+
+def test_expected_least_loss_is_the_mean_over_draws():
+    fit = script("waveft_interpolation")
+    side, k, rng = 30, 120, np.random.default_rng(0)
+    x, y = torch.from_numpy(rng.normal(size=(2, 5, side)))
+    found = [
+        fit.least_sparse(
+            torch.from_numpy(np.stack(np.unravel_index(rng.choice(900, k, False), (30, 30)))), x, y
+        )
+        for _ in range(60)
+    ]
+    assert fit.expected(k, side, 5) == pytest.approx(np.mean(found), abs=0.02)
+
+
+def test_interpolation_script(tmp_path):
+    fit = script("waveft_interpolation")
+    arguments = "--side 32 --sparse 32 160 800 --ranks 1 5 --seeds 2 --steps 80".split()
+    result = fit.main([*arguments, "--out", str(tmp_path)])
+    rows = {(row["method"], row["size"]): row for row in result["rows"]}
+    for row in rows.values():  # nothing is below the least, and training comes near it
+        assert row["loss"]["mean"] >= row["least"]["mean"] - 1e-9
+        assert row["loss"]["mean"] <= row["least"]["mean"] + 0.02
+    assert rows["lora", 1]["least"]["mean"] > 0.3
+    assert rows["lora", 5]["least"]["mean"] < 1e-20
+    assert (tmp_path / "waveft_interpolation.png").is_file()
+
+
+def test_stored_interpolation_reaches_zero_where_the_paper_says():
+    result = stored("waveft_interpolation")
+    rows = {(row["method"], row["size"]): row for row in result["rows"]}
+    for name in ("shira", "waveft"):
+        assert rows[name, 15680]["lora_r1"] == 10
+        assert max(rows[name, 15680]["losses"]) < result["zero_is_below"]
+        assert min(rows[name, 1568]["leasts"]) > 0.5
+        assert result["zero_from"][name] <= 15680
+    assert result["zero_from"]["lora"] == 5 * 2 * 784
+
+
+# -- classifier ----------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The IDX form of bytes, written apart from the reader."""
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+def mnist_like(folder: Path, packed: bool) -> dict[str, np.ndarray]:
+    rng, arrays = np.random.default_rng(0), {}
+    for part, n in (("train", 240), ("t10k", 60)):
+        labels = np.arange(n) % 10
+        images = rng.integers(0, 60, (n, 28, 28))
+        images[np.arange(n), 2 * labels] += 150  # a bright row that tells the class
+        for what, array in (("images", images), ("labels", labels)):
+            name = f"{part}-{what}-idx{array.ndim}-ubyte"
+            data = idx(array)
+            path = folder / (f"{name}.gz" if packed else name)
+            path.write_bytes(gzip.compress(data) if packed else data)
+            arrays[f"{part} {what}"] = array
+    return arrays
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mnist_files_are_read_as_written(tmp_path, packed):
+    classifier = script("waveft_classifier")
+    arrays = mnist_like(tmp_path, packed)
+    (x, y), (x_test, y_test) = classifier.read_mnist(tmp_path)
+    assert x.shape == (240, 784) and x_test.shape == (60, 784)
+    assert np.array_equal((x.numpy() * 255).round().reshape(-1, 28, 28), arrays["train images"])
+    assert np.array_equal(y, arrays["train labels"])
+    assert np.array_equal(y_test, arrays["t10k labels"])
+    # The header is that of the real files.
+    magic = struct.unpack(">4I", idx(np.zeros((60, 28, 28)))[:16])
+    assert magic == (2051, 60, 28, 28)
+    assert struct.unpack(">2I", idx(np.zeros(60))[:8]) == (2049, 60)
+
+
+def test_damaged_mnist_files_are_refused(tmp_path):
+    classifier = script("waveft_classifier")
+    mnist_like(tmp_path, packed=False)
+    path = tmp_path / "train-images-idx3-ubyte"
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole + b"\0", b"", b"\0\0\x0d" + whole[3:], whole[:9]):
+        path.write_bytes(content)
+        with pytest.raises(WaraError) as caught:
+            classifier.read_mnist(tmp_path)
+        assert caught.value.kind == "data"
+    path.write_bytes(gzip.compress(whole)[:-20])
+    with pytest.raises(WaraError, match="cannot read"):
+        classifier.read_mnist(tmp_path)
+    path.unlink()
+    with pytest.raises(WaraError, match="no train images"):
+        classifier.read_mnist(tmp_path)
+
+
+def test_classifier_script_on_mnist_files(tmp_path, monkeypatch):
+    classifier = script("waveft_classifier")
+    mnist_like(tmp_path, packed=True)
+    monkeypatch.setattr(classifier, "RANKS", (1,))
+    monkeypatch.setattr(classifier, "FRACTIONS", (0.1, 1.0))
+    monkeypatch.setattr(classifier, "RATES", (0.03,))
+    arguments = ["--mnist", str(tmp_path), "--seeds", "2", "--steps", "60"]
+    result = classifier.main([*arguments, "--out", str(tmp_path / "out")])
+    rows = {(row["method"], row["lora_r1"]): row for row in result["rows"]}
+    assert {key: row["parameters"] for key, row in rows.items()} == {
+        ("lora", 1.0): 794,
+        ("shira", 0.1): 79,
+        ("shira", 1.0): 794,
+        ("waveft", 0.1): 79,
+        ("waveft", 1.0): 794,
+    }
+    assert rows["shira", 1.0]["accuracy"]["mean"] > 0.6
+    written = json.loads((tmp_path / "out" / "waveft_classifier_mnist.json").read_text())
+    assert written["setting"]["mnist"] is True and str(tmp_path) not in json.dumps(written)
+
+
+def test_verdict_follows_the_interval():
+    verdict = script("waveft_classifier").verdict
+
+    def rows(shira, waveft):
+        return [
+            {"method": name, "lora_r1": 1.0, "accuracies": values}
+            for name, values in (("shira", shira), ("waveft", waveft))
+        ]
+
+    assert verdict(rows([0.9, 0.91, 0.92], [0.8, 0.8, 0.81]))["observation"].startswith("holds")
+    assert "WaveFT is ahead" in verdict(rows([0.8, 0.8, 0.81], [0.9, 0.91, 0.9]))["observation"]
+    assert "not decided" in verdict(rows([0.8, 0.9, 0.85], [0.9, 0.8, 0.86]))["observation"]
+    # By hand: differences 0.1, 0.2 have mean 0.15, sd 0.0707, t(0.975, 1) = 12.706.
+    found = script("paper_tools").interval([0.1, 0.2])
+    assert found["low"] == pytest.approx(0.15 - 12.706 * 0.05, abs=1e-4)
+
+
+def test_stored_classifier_result_is_consistent():
+    classifier, result = script("waveft_classifier"), stored("waveft_classifier_digits")
+    again = classifier.verdict(result["rows"])
+    assert again["observation"] == result["observation"]
+    for row in result["rows"]:
+        wanted = row["lora_r1"] * 74
+        assert abs(row["parameters"] - wanted) <= 0.5 and 0 < row["accuracy"]["mean"] < 1
+
+
+# -- SDXL ----------------------------------------------------------------------------------
+
+
+def test_sdxl_formula_by_hand():
+    sdxl = script("sdxl_budget")
+    # 10 blocks of width 640 and 60 of width 1280, text of width 2048.
+    assert sdxl.by_formula(sdxl.SDXL) == 10 * (14 * 640 + 4096) + 60 * (14 * 1280 + 4096)
+
+
+def test_sdxl_budget_is_the_papers(tmp_path):
+    pytest.importorskip("diffusers")
+    result = script("sdxl_budget").main(["--out", str(tmp_path)])
+    assert result["formula"] == 1_451_520 and result["agrees"] is True
+    for method in result["methods"].values():
+        assert method["wanted"] == method["fitted"] == method["adapted"] == 1_451_520
+    assert result["methods"]["waveft"]["per_matrix"] == 2592
+    assert result["unet_parameters"] == 2_567_463_684  # what diffusers loads for SDXL
+    assert stored("sdxl_budget") == json.loads(json.dumps(result))
+
+
+# -- subbands of trained runs --------------------------------------------------------------
+
+
+def make_run(folder: Path, name: str, **options) -> Path:
+    """A run folder with an adapter that moves every subband, as training would leave it."""
+    config = tiny_config(folder, out=str(folder / name))
+    method = {"method": "wara", "rank": 2, "level": 1, **options}
+    config = tiny_config(folder, out=str(folder / name), adapter=method)
+    run = folder / name
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_config(config))
+    model, info = build_backbone(
+        "test_vit", num_classes=3, img_size=32, weights=config.backbone.weights
+    )
+    wara.adapt(model, method_from_options(method.pop("method"), method))
+    torch.manual_seed(len(name))
+    for key, parameter in wara.trainable_parameters(model).items():
+        if key.endswith("adapter.up"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    wara.save_adapter(model, run / "adapter")
+    provenance = {
+        "synthetic": False,
+        "data": {"name": "data"},
+        "backbone": {"name": info.name, "requested": "test_vit"},
+    }
+    (run / "provenance.json").write_text(json.dumps(provenance))
+    with (run / "splits.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "label", "patient", "split", "sha256", "synthetic"])
+        for i in range(6):
+            path = f"images/{CLASSES[0]}_{i:03d}.png"
+            content = (folder / "data" / path).read_bytes()
+            split = "test" if i % 2 else "train"
+            table.writerow([path, 0, "", split, hashlib.sha256(content).hexdigest(), "false"])
+    return run
+
+
+def test_subbands_over_several_runs(tmp_path):
+    subbands = script("wara_subbands")
+    runs = [make_run(tmp_path, "one"), make_run(tmp_path, "three", core="full")]
+    out = tmp_path / "out"
+    result = subbands.main([*map(str, runs), "--out", str(out)])
+    one, three = result["runs"]
+    assert one["images"] == 3  # the test images, not those of training
+    for run in (one, three):
+        assert math.fsum(run["share"].values()) == pytest.approx(1)
+        assert set(run["share"]) == {"LL_1", "LH_1", "HL_1", "HH_1"}
+    # The update of an identity core is that of LoRA, so its spectrum is that of B A.
+    layer, spectra = next(iter(one["singular_values"].items()))
+    model, info, config, _ = subbands.load_run(runs[0])
+    adapter = model.get_submodule(layer.split("[")[0]).adapter
+    group = "qkv".find(layer[-2]) if "[" in layer else 0
+    up = adapter.up.split(adapter.sizes)[group]
+    product = adapter.scale * up @ adapter.down.reshape(adapter.groups, 2, -1)[group]
+    want = np.linalg.svd(product.detach().numpy(), compute_uv=False)[:2]
+    np.testing.assert_allclose(spectra["LL_1"], want, rtol=1e-4)
+    # The images are those that evaluation reads, in the order of the table.
+    spec = ImageSpec(info.img_size, info.mean, info.std, info.interpolation)
+    path = tmp_path / "data" / "images" / f"{CLASSES[0]}_001.png"
+    torch.testing.assert_close(
+        subbands.run_images(runs[0], config, info, 1)[0], load_tensor(path, spec)
+    )
+    names = {path.name for path in out.iterdir()}
+    assert {"wara_subbands.json", "wara_subbands.png"} < names and len(names) == 6
+
+
+def test_subbands_refuse_what_is_not_of_the_run(tmp_path):
+    subbands = script("wara_subbands")
+    with pytest.raises(WaraError, match="not a run folder"):
+        subbands.main([str(tmp_path), "--out", str(tmp_path)])
+    lora = make_run(tmp_path, "lora")
+    changed = tmp_path / "data" / "images" / f"{CLASSES[0]}_001.png"
+    before = changed.read_bytes()
+    changed.write_bytes((changed.parent / f"{CLASSES[0]}_002.png").read_bytes())
+    with pytest.raises(WaraError, match="is not the one of the run"):
+        subbands.main([str(lora), "--out", str(tmp_path)])
+    changed.write_bytes(before)
+    subbands.main([str(lora), "--out", str(tmp_path / "again")])
