@@ -38,7 +38,9 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with data, weights and `run`, which was trained without interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    run(_config(folder), quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wara.training.outcome._figures", lambda *_: None)
+        run(_config(folder), quiet=True)
     return folder
 
 

@@ -188,9 +188,9 @@ def test_best_epoch_first_wins_ties_and_loss_goes_down() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "figures" not in request.keywords:
-        monkeypatch.setattr("wara.training.outcome._figures", lambda *_: None)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    # They take longer than the training; the run of `folder` draws them all.
+    monkeypatch.setattr("wara.training.outcome._figures", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +349,7 @@ def test_bf16_training(tmp_path: Path, folder: Path) -> None:
     assert all(t.dtype == torch.float32 for t in state.values() if t.is_floating_point())
 
 
+@pytest.mark.slow
 def test_compiled_training(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.compile
     # Without the minutes that the code generator takes; tracing is what can fail here.
