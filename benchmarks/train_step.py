@@ -2,12 +2,13 @@
 
     python benchmarks/train_step.py --out benchmarks/results/train_step_cpu.json
 
-One process per method, so that each has a peak memory of its own. The processes wait for their turn:
-in every round each takes a few steps, in a new order, so that a drifting machine treats all alike.
-A step is forward, cross-entropy, backward, AdamW, zero_grad. Reported are the ratios of a method to
-our LoRA and to the floor (a frozen trunk with a gradient for its input) within a round: median and
-the middle 80 %. Peak memory is what steps add to a process at rest with its model (CPU), or what the
-device holds at the most (GPU). On a CPU this takes ViT-S/16 at 224 px; with a GPU, ViT-B/16 in bf16.
+One process per method, so that each has a peak memory of its own. The processes wait for their
+turn: in every round each takes a few steps, in a new order, so that a drifting machine treats all
+alike. A step is forward, cross-entropy, backward, AdamW, zero_grad. Reported are the ratios of a
+method to our LoRA and to the floor (a frozen trunk with a gradient for its input) within a round:
+median and the middle 80 %. Peak memory is what steps add to a process at rest with its model (CPU),
+or what the device holds at the most (GPU). On a CPU this takes ViT-S/16 at 224 px; with a GPU,
+ViT-B/16 in bf16.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ OURS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
 }
 METHODS = ["floor", *OURS, "wara step by step", "lora (PEFT)", "waveft (PEFT)", "shira (PEFT)"]
-# What is wanted: (label, numerator, denominator, bound, whether the ratio may be at most the bound).
+# What is wanted: label, numerator, denominator, bound, and whether the bound is an upper one.
 WANTED = [
     ("WaRA at most 1.05 x our LoRA", "wara", "lora", 1.05, True),
     ("WaRA no slower than PEFT's LoRA", "wara", "lora (PEFT)", 1.0, True),

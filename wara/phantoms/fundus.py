@@ -37,9 +37,9 @@ CLASSES = (
 # Per grade, how many: microaneurysms, haemorrhages, exudate clusters, cotton-wool spots.
 _COUNTS = (
     ((0, 0), (0, 0), (0, 0), (0, 0)),
-    ((5, 12), (0, 0), (0, 0), (0, 0)),
-    ((8, 16), (2, 5), (1, 2), (0, 0)),
-    ((12, 24), (9, 16), (1, 3), (1, 3)),
+    ((7, 14), (0, 0), (0, 0), (0, 0)),
+    ((8, 16), (2, 5), (1, 3), (0, 0)),
+    ((12, 24), (10, 18), (1, 3), (1, 3)),
     ((6, 18), (2, 10), (0, 2), (0, 2)),
 )
 _DARK_RED = (0.36, 0.04, 0.03)
@@ -202,7 +202,7 @@ def _lesions(
     )
     red = np.zeros(image.shape[:2], np.float32)
     for _ in range(aneurysms):
-        dot(red, *_place(rng, disc), rng.uniform(0.75, 1.3) * unit, rng.uniform(0.75, 1.0))
+        dot(red, *_place(rng, disc), rng.uniform(0.9, 1.6) * unit, rng.uniform(0.8, 1.0))
     for _ in range(bleeds):
         radius = rng.uniform(0.03, 0.065)
         fill(red, outline(rng, *_place(rng, disc), radius, 0.22), rng.uniform(0.75, 1.0))
@@ -232,7 +232,7 @@ def _proliferation(image: Array, rng: Rng, disc: tuple[float, float], unit: floa
             angle = rng.uniform(0, 2 * np.pi)
             turns = angle + np.cumsum(rng.normal(0, 0.75, 12))
             walk = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], axis=1), axis=0)
-            stroke(tangle, np.array([cx, cy]) + walk * reach / 5, 0.7 * unit, 0.9)
+            stroke(tangle, np.array([cx, cy]) + walk * reach / 5, 0.9 * unit, 1.0)
     tint(image, blur(tangle, 0.25 * unit), (0.50, 0.05, 0.05), 0.8)
     if rng.random() < 0.5:
         # Blood in front of the retina sinks: level on top, round below.
