@@ -169,6 +169,8 @@ def test_low_precision_rounds_only_the_product():
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
     y.float().sum().backward()
     assert x.grad.dtype == adapted.adapter.coefficients.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        assert adapted.double()(x.double()).dtype == torch.float64
 
 
 def test_taps_follow_the_precision_of_the_model():

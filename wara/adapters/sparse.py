@@ -113,7 +113,8 @@ class SparseLayer(WeightDomainLayer):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x (W0 + ΔW)ᵀ + b`, `[…, o]`, for input `[…, d]`."""
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        low = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(kind) if low else x.dtype
         # Sum and transform in float32 also under autocast; only the product is in low precision.
         with torch.autocast(kind, enabled=False):
             flat = x.to(dtype).reshape(-1, self.in_features)
