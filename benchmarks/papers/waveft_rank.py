@@ -98,7 +98,7 @@ def asymptotic_rank(shape: Shape, k: int) -> float:
     """
     o, d = shape
     per_row, per_column = k / o, k / d
-    gap = np.linspace(0, 1, 200_001)  # 1 - α
+    gap = np.linspace(0, 1, 20_001)  # 1 - α
     seen = np.exp(-per_row * gap)
     phi = np.exp(-per_column * seen) + o / d * (seen * (1 + per_row * gap) - 1)
     return float(d * (1 - phi.max()))
