@@ -337,7 +337,9 @@ def singular_values(
     for ax in axes.flat[len(bands) :]:
         ax.set_axis_off()
     fig.suptitle("Singular values of the update")
-    fig.supxlabel("index", fontsize=9)
+    # On the axes: a label of the whole figure would lie under the stamp.
+    for ax in axes[-1]:
+        ax.set_xlabel("index", fontsize=9)
     fig.supylabel("singular value", fontsize=9)
     if few:
         handles = axes.flat[0].get_lines()
