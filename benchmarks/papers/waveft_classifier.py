@@ -38,7 +38,7 @@ from wara.errors import WaraError
 
 RANKS = (1, 2, 3, 4, 5, 6)
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
-RATES = (0.01, 0.03, 0.1)
+RATES = (0.03, 0.1, 0.3)
 BATCH = 512
 
 Split = tuple[Tensor, Tensor]
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mnist", type=Path, help="folder of MNIST's IDX files, plain or .gz")
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
