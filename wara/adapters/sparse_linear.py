@@ -63,7 +63,8 @@ class Form:
         if device.type != "cpu":
             return False
         width = sum(self.sides) + self.in_features
-        return 110 * sum(self.counts) + 24 * self.length * width < sum(self.sides) * self.in_features
+        gathering = 110 * sum(self.counts) + 24 * self.length * width
+        return gathering < sum(self.sides) * self.in_features
 
 
 @dataclass(frozen=True)
