@@ -97,9 +97,7 @@ def test_gradients_equal_those_of_the_step_by_step_form() -> None:
     layer = adapted_layers(model)["blocks.0.attn.proj"]
     adapter: Any = layer.adapter
     x = torch.randn(2, 36, 32, dtype=torch.float64, requires_grad=True)
-    own = torch.autograd.grad(
-        layer(x).square().sum(), [x, adapter.down, adapter.up, adapter.core]
-    )
+    own = torch.autograd.grad(layer(x).square().sum(), [x, adapter.down, adapter.up, adapter.core])
     delta = wara_update(
         x, adapter.down, adapter.up, adapter.core[0], model.patch_embed.grid_size, prefix_tokens=1
     )
@@ -145,7 +143,10 @@ def test_tiny_wara_equals_the_step_by_step_form() -> None:
         sign = torch.sign(u[u[:, :4].abs().argmax(0), range(4)])
         down, up = down * sign[:, None], up * sign
         cores = torch.stack(
-            [sum(v * q for v, q in zip(row, adapter.bases[g], strict=True)) for row in adapter.vector[g]]
+            [
+                sum(v * q for v, q in zip(row, adapter.bases[g], strict=True))
+                for row in adapter.vector[g]
+            ]
         )
         delta = wara_update(x, down, up, cores, (5, 9), prefix_tokens=3, level=2, prefix="skip")
         delta[:, :3] = x[:, :3] @ down.T @ cores[0].T @ up.T
@@ -235,7 +236,13 @@ def test_models_that_read_the_fused_weight_past_the_layer(fused: bool) -> None:
     """EVA computes `F.linear(x, qkv.weight)` itself; the adapter must be called all the same."""
     torch.manual_seed(0)
     base = Eva(
-        img_size=56, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3, qkv_fused=fused
+        img_size=56,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        qkv_fused=fused,
     ).eval()
     model = copy.deepcopy(base)
     wara.adapt(model, wara.WaRA(targets=("q", "k", "v")))
@@ -328,6 +335,42 @@ def test_wrong_options_are_named_with_the_nearest_valid_word(
 def test_all_wrong_options_are_reported_at_once() -> None:
     faults = option_faults({"method": "wara", "rnak": 4, "level": "deep", "blocks": 1.5})
     assert len(faults) == 3
+
+
+def test_rows_adapted_twice_are_refused() -> None:
+    with pytest.raises(WaraError, match="same rows twice"):
+        wara.adapt(small_vit(), wara.LoRA(targets=("q", "*.qkv")))
+    with pytest.raises(WaraError, match="no blocks"):
+        wara.adapt(small_vit(), wara.LoRA(blocks=[True]))
+
+
+@pytest.mark.parametrize("method", [wara.Full(), wara.WaRA(), wara.LinearProbe()])
+def test_counts_add_up_to_the_model(method: Any) -> None:
+    model = wara.adapt(small_vit(), method)
+    counts = count_parameters(model)
+    assert counts["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts["trainable"] + counts["base"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Any) -> None:
+    base = small_vit()
+    model = wara.adapt(copy.deepcopy(base), wara.WaRA())
+    stir(model)
+    x = images(base)
+    before = model(x)
+    other = small_vit(embed_dim=48, num_classes=7)
+    wara.save_adapter(wara.adapt(other, wara.LoRA()), tmp_path / "other")
+    wara.save_adapter(model, tmp_path / "own")
+    config = tmp_path / "own" / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    for spoiled in ({"options": None}, {"method": "nonsense"}, {"base_sha256": "0"}):
+        config.write_text(json.dumps(fields | spoiled))
+        with pytest.raises(WaraError) as caught:
+            wara.load_adapter(model, tmp_path / "own")
+        assert caught.value.exit_code == 4 and torch.equal(model(x), before)
+    with pytest.raises(WaraError):
+        wara.load_adapter(model, tmp_path / "other", check_base=False)
+    assert torch.equal(model(x), before) and model.num_classes == 3
 
 
 def test_valid_options_pass() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import wara
 from wara import backbones
-from wara.backbones import NANO, build_backbone, hub_answers, weights_available
+from wara.backbones import NANO, build_backbone, reachable
 from wara.errors import WaraError
 
 REAL = Path(os.environ.get("WARA_REAL_DATA", Path(__file__).parents[2] / "shared"))
@@ -31,7 +31,7 @@ def weights(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(backbones, "hub_answers", lambda: False)
+    monkeypatch.setattr(backbones, "reachable", lambda url: False)
     monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda repo, file: None)
 
 
@@ -101,7 +101,6 @@ def test_unknown_names_get_the_nearest() -> None:
 
 @pytest.mark.usefixtures("no_network")
 def test_without_network_the_shipped_backbone_stands_in_or_the_run_is_refused() -> None:
-    assert not weights_available("vit_tiny_patch16_224")
     model, info = build_backbone("vit_tiny_patch16_224", num_classes=5, offline="phantom")
     assert (info.name, info.requested) == (NANO, "vit_tiny_patch16_224")
     assert model(torch.randn(1, 3, 112, 112)).shape == (1, 5)
@@ -113,7 +112,7 @@ def test_without_network_the_shipped_backbone_stands_in_or_the_run_is_refused() 
 def test_the_offline_decision_takes_seconds() -> None:
     start = time.perf_counter()
     # An address of the block reserved for documentation: nothing answers there.
-    assert not hub_answers(("192.0.2.1", 443), timeout=0.5)
+    assert not reachable("https://192.0.2.1", seconds=0.5)
     assert time.perf_counter() - start < 3
 
 
@@ -135,3 +134,31 @@ def test_real_imagenet_weights_load_and_adapt() -> None:
     x = torch.randn(1, 3, 224, 224)
     before = model.eval()(x)
     assert torch.allclose(wara.adapt(model, wara.WaRA())(x), before, atol=1e-5)
+
+
+def test_a_hub_that_answers_but_does_not_deliver_is_no_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(repo: str, file: str) -> str:
+        raise OSError("the connection was reset")
+
+    monkeypatch.setattr(backbones, "reachable", lambda url: True)
+    monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda repo, file: None)
+    monkeypatch.setattr(backbones, "hf_hub_download", fail)
+    assert build_backbone("vit_tiny_patch16_224", num_classes=2)[1].name == NANO
+
+
+def test_a_model_without_a_token_grid_is_refused_before_its_weights_are_sought() -> None:
+    for name in ("resnet18", "resnet50"):
+        with pytest.raises(WaraError, match="no token grid") as caught:
+            build_backbone(name, num_classes=2)
+        assert caught.value.exit_code == 2
+
+
+def test_files_that_hold_something_else_are_refused(weights: Path, tmp_path: Path) -> None:
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    for name, file in (("test_vit", tmp_path / "list.pth"), (NANO, tmp_path / "odd.safetensors")):
+        save_file({"a": torch.zeros(1)}, tmp_path / "odd.safetensors")
+        with pytest.raises(WaraError) as caught:
+            build_backbone(name, num_classes=2, weights=file)
+        assert caught.value.exit_code == 4

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
 import inspect
+import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -42,7 +48,7 @@ NANO_DATA: dict[str, Any] = {
     "interpolation": "bicubic",
     "classifier": "head",
 }
-HUB = ("huggingface.co", 443)
+REACH_SECONDS = 2.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 ImageSize = int | tuple[int, int]
@@ -113,6 +119,7 @@ def build_backbone(
     """
     requested = name
     check_name(name)
+    _check_grid(name)
     path, source = _find_weights(name, weights)
     if path is None:
         if offline == "error":
@@ -144,40 +151,38 @@ def build_backbone(
     )
 
 
-def weights_available(name: str, weights: str | Path | None = None) -> bool:
-    """Tell whether `build_backbone` would find the weights asked for, without fetching them.
+def reachable(url: str, seconds: float = REACH_SECONDS) -> bool:
+    """Tell whether the host of `url`, or the proxy in front of it, takes a connection.
+
+    Decided within about `seconds`: looking up a name can block for much longer than a socket's
+    timeout, so it happens in a thread that is left behind. `WARA_OFFLINE=1` means no.
 
     Args:
-        name: timm model name, or `wara_nano`.
-        weights: file given by the user.
-
-    Returns:
-        True when they lie here or the hub answers; takes about two seconds at most.
-
-    Raises:
-        WaraError: kind `config` for an unknown name.
-    """
-    check_name(name)
-    if weights is not None or name == NANO or _cached(name) is not None:
-        return True
-    return _hub_repo(name) is not None and hub_answers()
-
-
-def hub_answers(address: tuple[str, int] = HUB, timeout: float = 2.0) -> bool:
-    """Tell within `timeout` seconds whether a server can be reached.
-
-    Args:
-        address: host and port.
-        timeout: seconds.
+        url: address with its scheme.
+        seconds: how long to wait.
 
     Returns:
         True when a connection was made.
     """
-    try:
-        with socket.create_connection(address, timeout=timeout):
-            return True
-    except OSError:
+    if os.environ.get("WARA_OFFLINE", "") not in ("", "0"):
         return False
+    target = urlsplit(url)
+    proxy = getproxies().get(target.scheme)
+    address = urlsplit(proxy if proxy and "://" in proxy else f"//{proxy}") if proxy else target
+    port = address.port or (443 if address.scheme == "https" else 80)
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((address.hostname or "", port), timeout=seconds).close()
+        except OSError:
+            return  # not reachable is an answer, given by the event that stays unset
+        answered.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds + 0.5)
+    return answered.is_set()
 
 
 def check_name(name: str) -> None:
@@ -192,6 +197,13 @@ def check_name(name: str) -> None:
         if remedy.startswith("choose"):
             remedy = f"choose {NANO}, vit_tiny_patch16_224 or another timm ViT"
         raise WaraError("config", f"unknown backbone '{name}'", "backbone.name", remedy)
+
+
+def _check_grid(name: str) -> None:
+    """Refuse a timm model without a token grid before its weights are looked for."""
+    if name != NANO:
+        with torch.device("meta"):
+            token_layout(timm.create_model(name, pretrained=False))
 
 
 def _find_weights(name: str, weights: str | Path | None) -> tuple[Path | None, str]:
@@ -210,8 +222,11 @@ def _find_weights(name: str, weights: str | Path | None) -> tuple[Path | None, s
     if cached is not None:
         return cached, f"cached copy of {_hub_repo(name)}"
     repo = _hub_repo(name)
-    if repo and hub_answers():
-        return Path(hf_hub_download(repo, HUB_FILES[0])), f"hub {repo}"
+    if repo and reachable(HF_ENDPOINT):
+        for file in HUB_FILES:
+            # A hub that answers may still not deliver: a proxy between, a file not there.
+            with contextlib.suppress(OSError):
+                return Path(hf_hub_download(repo, file)), f"hub {repo}"
     return None, ""
 
 
@@ -279,9 +294,14 @@ def _load(model: Any, name: str, path: Path) -> None:
         what = f"cannot read the weights: {str(error).splitlines()[0]}"
         raise WaraError("artefact", what, str(path), "copy the file again") from error
     for wrapper in ("state_dict", "model"):
-        if isinstance(state.get(wrapper), dict):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    state = _checkpoint_filter(name)(state, model)
+    try:
+        state = _checkpoint_filter(name)(state, model)
+    except (KeyError, AttributeError, TypeError, IndexError, RuntimeError) as error:
+        # timm's conversions take the right architecture for granted.
+        what = f"the weights are not those of backbone {name}"
+        raise WaraError("artefact", what, str(path), remedy) from error
     own = model.state_dict()
     classifiers = _classifier_names(model)
     heads = {key for key in own if key.startswith(classifiers)}

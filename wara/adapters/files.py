@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +14,11 @@ from safetensors.torch import load, save
 from torch import nn
 
 from wara.adapters.inject import (
+    RECORD,
     adapt,
     adapter_state_dict,
     base_hash,
+    classifiers,
     load_adapter_state,
     record_of,
     unload,
@@ -106,6 +109,11 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise WaraError("artefact", "not valid JSON", str(folder / CONFIG_FILE), remedy) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise WaraError("artefact", "not a wara adapter", str(folder / CONFIG_FILE), remedy)
+    kinds = {"method": str, "options": dict, "base_sha256": str, "num_classes": int | None}
+    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
+    if config.get("version") == FORMAT_VERSION and wrong:
+        what = f"missing or of the wrong kind: {', '.join(wrong)}"
+        raise WaraError("artefact", what, str(folder / CONFIG_FILE), remedy)
     if config.get("version") != FORMAT_VERSION:
         what = f"adapter format {config.get('version')} where {FORMAT_VERSION} is known"
         raise WaraError("artefact", what, str(folder), "install the wara version that wrote it")
@@ -126,28 +134,64 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         The same model, adapted, with logits bit-identical to those of the saved one.
 
     Raises:
-        WaraError: kind `artefact` when the files are damaged or do not fit the model.
+        WaraError: kind `artefact` when the files are damaged or do not fit the model, which is then
+            left as it was.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    if hasattr(model, "wara_record"):
-        unload(model)
     try:
         state = load((folder / WEIGHTS_FILE).read_bytes())
     except SafetensorError as error:
         remedy = "copy the adapter folder again; the file is damaged"
         raise WaraError("artefact", str(error), str(folder / WEIGHTS_FILE), remedy) from error
-    classes = config["num_classes"]
-    if classes is not None and getattr(model, "num_classes", classes) != classes:
-        cast(Any, model).reset_classifier(classes)
-    adapt(model, method_from_options(config["method"], config["options"]))
-    if check_base and base_hash(model) != config["base_sha256"]:
-        unload_quietly(model)
-        what = "the base weights are not those the adapter was trained on"
-        remedy = "load the backbone weights named in the run's provenance.json"
-        raise WaraError("artefact", what, str(folder), remedy)
-    load_adapter_state(model, state)
+    try:
+        method = method_from_options(config["method"], config["options"])
+    except WaraError as error:
+        remedy = "install the wara version that wrote it"
+        raise WaraError("artefact", error.what, str(folder / CONFIG_FILE), remedy) from error
+    undo = _remember(model)
+    try:
+        classes = config["num_classes"]
+        if classes is not None and getattr(model, "num_classes", classes) != classes:
+            cast(Any, model).reset_classifier(classes)
+        adapt(model, method)
+        if check_base and base_hash(model) != config["base_sha256"]:
+            what = "the base weights are not those the adapter was trained on"
+            remedy = "load the backbone weights named in the run's provenance.json"
+            raise WaraError("artefact", what, str(folder), remedy)
+        load_adapter_state(model, state)
+    except BaseException:
+        undo()
+        raise
     return model
+
+
+def _remember(model: Any) -> Callable[[], None]:
+    """Take the adapter off a model, if it carries one; return what puts all back as it was."""
+    before = None
+    if hasattr(model, RECORD):
+        state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+        before = (record_of(model).method, state)
+        unload(model)
+    heads = {
+        name: module
+        for name, module in model.named_modules()
+        if any(module is head for head in classifiers(model))
+    }
+    count = getattr(model, "num_classes", None)
+
+    def undo() -> None:
+        if hasattr(model, RECORD):
+            unload_quietly(model)
+        for name, module in heads.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module)
+        if count is not None:
+            model.num_classes = count
+        if before is not None:
+            load_adapter_state(adapt(model, before[0]), before[1])
+
+    return undo
 
 
 def unload_quietly(model: nn.Module) -> None:

@@ -74,7 +74,7 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
     if wanted is not None:
         method, *numbers = fit(method, model, wanted)
         budget = (numbers[0], numbers[1])
-    head_ids = {id(p) for module in _classifiers(model) for p in module.parameters()}
+    head_ids = {id(p) for module in classifiers(model) for p in module.parameters()}
     head = tuple(name for name, p in model.named_parameters() if id(p) in head_ids)
     # Decided before the adapter's own parameters come in, for these are not the base's.
     base = tuple(
@@ -100,7 +100,7 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _classifiers(model: nn.Module) -> list[nn.Module]:
+def classifiers(model: nn.Module) -> list[nn.Module]:
     """Return the heads of a timm model; distilled ones have two, other modules none."""
     getter = getattr(model, "get_classifier", None)
     if getter is None:
@@ -183,21 +183,20 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         model: an adapted model.
 
     Returns:
-        `adapter` (cores included), `head`, `trainable` (both), and `base`: what the model has
-        without adapter and head.
+        `adapter` (cores and trained base parameters included), `head`, `trainable` (both), and
+        `base`: what stays frozen. Everything together is `trainable + base`.
 
     Raises:
         WaraError: kind `config` when the model is not adapted.
     """
     groups = {key: sum(p.numel() for p in group) for key, group in parameter_groups(model).items()}
-    own = sum(p.numel() for p, _ in _adapter_parameters(model).values())
     everything = sum(p.numel() for p in model.parameters())
     adapter = groups["adapter"] + groups["core"]
     return {
         "adapter": adapter,
         "head": groups["head"],
         "trainable": adapter + groups["head"],
-        "base": everything - own - groups["head"],
+        "base": everything - adapter - groups["head"],
     }
 
 
@@ -347,7 +346,7 @@ def base_hash(model: nn.Module) -> str:
     record = getattr(model, RECORD, None)
     skip = set(trainable_parameters(model)) if record else set()
     if not record:
-        heads = {id(p) for module in _classifiers(model) for p in module.parameters()}
+        heads = {id(p) for module in classifiers(model) for p in module.parameters()}
         skip = {name for name, p in model.named_parameters() if id(p) in heads}
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

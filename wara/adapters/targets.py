@@ -68,7 +68,7 @@ def block_indices(blocks: Blocks, depth: int) -> list[int]:
             return list(range(depth - int(match[1]), depth))
         raise WaraError("config", f"blocks '{blocks}' not understood", "adapter.blocks", remedy)
     numbers = [blocks] if isinstance(blocks, int) else list(blocks)
-    wrong = [b for b in numbers if not isinstance(b, int) or not 0 <= b < depth]
+    wrong = [b for b in numbers if type(b) is not int or not 0 <= b < depth]
     if wrong or not numbers:
         what = f"the model has no blocks {wrong}" if wrong else "no block is named"
         raise WaraError("config", what, "adapter.blocks", remedy)
@@ -153,6 +153,11 @@ def find_targets(model: nn.Module, targets: Sequence[str], blocks: Blocks = "all
             "adapter.targets",
             "the model has linear layers named " + ", ".join(have),
         )
+    for name, ranges in found.items():
+        ordered = sorted(ranges.values())
+        if any(a[1] > b[0] for a, b in zip(ordered, ordered[1:], strict=False)):
+            what = f"the targets {', '.join(ranges)} adapt the same rows twice"
+            raise WaraError("config", what, name, "name each part of the layer once")
     return [
         Target(name, linears[name], tuple(ranges.values()), tuple(ranges))
         for name, ranges in ((name, found.get(name)) for name in linears)

@@ -7,16 +7,15 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import numpy as np
 
+from wara.backbones import reachable
 from wara.cards import Card, MedMNISTSource
 from wara.data.imageset import ArrayReader, ImageSet, Record
 from wara.data.splits import SPLITS
@@ -24,39 +23,11 @@ from wara.errors import WaraError, suggest
 
 # Arrays above this many bytes are mapped, not loaded: ChestMNIST at 224 px is 5.6 GB.
 MAP_ABOVE = 1 << 30
-REACH_SECONDS = 2.0
 _STALL_SECONDS = 30.0
 
 
 class Unavailable(Exception):
     """The data cannot be had here and now; the message says why."""
-
-
-def reachable(url: str, seconds: float = REACH_SECONDS) -> bool:
-    """Whether the host of `url`, or the proxy in front of it, takes a connection.
-
-    Decided within about `seconds`: looking up a name can block for much longer than a socket's
-    timeout, so it happens in a thread that is left behind. `WARA_OFFLINE=1` means no.
-    """
-    if os.environ.get("WARA_OFFLINE", "") not in ("", "0"):
-        return False
-    target = urlsplit(url)
-    proxy = getproxies().get(target.scheme)
-    address = urlsplit(proxy if proxy and "://" in proxy else f"//{proxy}") if proxy else target
-    port = address.port or (443 if address.scheme == "https" else 80)
-    answered = threading.Event()
-
-    def connect() -> None:
-        try:
-            socket.create_connection((address.hostname or "", port), timeout=seconds).close()
-        except OSError:
-            return  # not reachable is an answer, given by the event that stays unset
-        answered.set()
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds + 0.5)
-    return answered.is_set()
 
 
 def open_medmnist(card: Card, source: MedMNISTSource, cache: Path) -> ImageSet:
