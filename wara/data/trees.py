@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 
 from wara.cards import Card
@@ -28,7 +29,7 @@ def open_tree(root: Path, card: Card | None = None, patient_pattern: str | None 
     Raises:
         WaraError: kind "data" when the folders are not a tree of classes.
     """
-    parts = _split_folders(root)
+    parts = _split_folders(root, card.class_index if card else ())
     found = [(split, folder) for split, part in parts.items() for folder in _folders(part)]
     names = sorted_classes(folder.name for _, folder in found)
     if not names:
@@ -95,11 +96,26 @@ def open_tree(root: Path, card: Card | None = None, patient_pattern: str | None 
     )
 
 
-def _split_folders(root: Path) -> dict[str | None, Path]:
-    """Return split -> folder when the tree is split already, else {None: root}."""
-    named = [folder for folder in _folders(root) if folder.name.lower() in SPLIT_WORDS]
-    if not any(SPLIT_WORDS[folder.name.lower()] == "train" for folder in named):
+def _split_folders(root: Path, classes: Container[str]) -> dict[str | None, Path]:
+    """Return split -> folder when the tree is split already, else {None: root}.
+
+    A folder named like a split is one, unless a card has a class of that very name.
+    """
+    named = [
+        folder
+        for folder in _folders(root)
+        if folder.name.lower() in SPLIT_WORDS and folder.name not in classes
+    ]
+    if not named:
         return {None: root}
+    if not any(SPLIT_WORDS[folder.name.lower()] == "train" for folder in named):
+        # Taken as classes, they would give a model that tells test images from others.
+        raise WaraError(
+            "data",
+            f"{' and '.join(folder.name for folder in named)} without a folder train",
+            str(root),
+            "put the training images into train/<class>/; if it is a class, rename the folder",
+        )
     result: dict[str | None, Path] = {}
     for folder in named:
         split = SPLIT_WORDS[folder.name.lower()]
