@@ -106,6 +106,25 @@ def test_split_tree_faults(tmp_path):
         open_(tmp_path / "single", tmp_path)
 
 
+@pytest.mark.parametrize("names", [("test", "val"), ("Test", "a", "b"), ("VALID",), ("testing",)])
+def test_splits_without_training_images_are_no_classes(tmp_path, names):
+    for name in names:
+        for label in ("x", "y"):
+            put(tmp_path / "set" / name / label / "a.png")
+    with pytest.raises(WaraError, match="without a folder train") as caught:
+        open_(tmp_path / "set", tmp_path)
+    assert caught.value.exit_code == 3 and "train/<class>/" in caught.value.remedy
+
+
+def test_a_class_of_the_card_may_be_called_like_a_split(tmp_path):
+    card = user_card(tmp_path, "source: {kind: folder, path: set}\n")
+    card.write_text(card.read_text().replace("name: benign", "name: test"))
+    put(tmp_path / "set/test/a.png")
+    put(tmp_path / "set/malignant/b.png")
+    found = open_(card, tmp_path)
+    assert sorted((r.label, r.split) for r in found.records) == [(0, None), (1, None)]
+
+
 def test_shipped_folder_card_reads_the_cache(tmp_path):
     root = tmp_path / "cache" / "cmmd"
     for index in range(3):
@@ -144,6 +163,51 @@ def test_table(tmp_path):
     assert found.read(1).max() == 7
     assert any("1 rows name no patient" in note for note in found.notes)
     assert open_(folder / "labels.csv", tmp_path).card.class_names == ["cat", "dog"]
+
+
+def test_own_columns_are_read_in_any_case(tmp_path):
+    folder = table(tmp_path / "set", "File,LABEL,Patient,Split\na,x,p,train\nb,y,q,TEST\n")
+    found = open_(folder, tmp_path)
+    assert [(r.file, r.label, r.patient, r.split) for r in found.records] == [
+        ("a", 0, "p", "train"),
+        ("b", 1, "q", "test"),
+    ]
+    with pytest.raises(WaraError, match="named twice: patient"):
+        open_(table(tmp_path / "two", "file,label,patient,Patient\na,x,p,p\n"), tmp_path)
+
+
+GROUPS = ["patient_id", "PatientID", "Patient ID", "patients", "subject", "Subject-ID", "case",
+          "case_id", "study_patient", "participant_id", "lesion_id", "PID"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_patients_under_another_name_are_not_overlooked(tmp_path, name):
+    rows = "\na.png,benign,p\nb.png,malignant,p\n"
+    folder = table(tmp_path / "set", f"file,label,{name}{rows}")
+    for card in ("", "source: {kind: csv, path: set/labels.csv}\n"):
+        with pytest.raises(WaraError, match=f"column '{name}' seems to name patients") as caught:
+            open_(user_card(tmp_path, card) if card else folder, tmp_path)
+        assert caught.value.exit_code == 3
+        assert "rename it to patient" in caught.value.remedy
+        assert "group_column" in caught.value.remedy
+    # A patient column, or the card's word for it, settles the matter.
+    table(tmp_path / "both", f"file,label,{name},patient\na,x,1,p\nb,y,2,p\n")
+    assert [r.patient for r in open_(tmp_path / "both", tmp_path).records] == ["p", "p"]
+    body = f"source: {{kind: csv, path: set/labels.csv}}\ngroup_column: {name}\n"
+    assert [r.patient for r in open_(user_card(tmp_path, body), tmp_path).records] == ["p", "p"]
+
+
+def test_other_columns_are_still_ignored(tmp_path):
+    columns = ["age", "patient_age", "case_control", "casement", "view", "examiner", "sex"]
+    text = f"file,label,{','.join(columns)}\n"
+    rows = "".join(f"{n}.png,{n},{','.join('1' * len(columns))}\n" for n in "ab")
+    assert len(open_(table(tmp_path / "set", text + rows), tmp_path)) == 2
+
+
+def test_the_cards_word_for_the_patient_keeps_its_case(tmp_path):
+    card = user_card(tmp_path, "source: {kind: csv, path: set/labels.csv}\ngroup_column: Patient\n")
+    table(tmp_path / "set", "file,label,Patient\na,M,w1\nb,benign,w2\n")
+    assert [r.patient for r in open_(card, tmp_path).records] == ["w1", "w2"]
 
 
 def test_multilabel_tables_agree(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from wara.cards import Card
@@ -13,6 +14,14 @@ from wara.errors import WaraError, suggest
 
 Row = dict[str, str]
 
+OWN_COLUMNS = ("file", "label", "patient", "split")
+# Columns, without case and punctuation, that say which images belong together. Left unread they
+# would put images of one person into training and test.
+_GROUP_WORDS = re.compile(
+    r"(study)?(patient|subject|participant|person|case|lesion|exam|study)s?"
+    r"(id|ids|no|nr|num|number|name|code|key|uid)?|pid|ptid|mrn|studyinstanceuid"
+)
+
 
 def open_table(path: Path, card: Card | None = None) -> ImageSet:
     """Open a CSV table in UTF-8 with a header line.
@@ -20,7 +29,9 @@ def open_table(path: Path, card: Card | None = None) -> ImageSet:
     Columns: `file` (path of the image, relative to the table), then either `label` (a class name
     or alias; `a|b` for several labels, empty for none of them) or, for multilabel tasks, one
     column of 0 and 1 per class. `patient` and `split` (train, val, test) are optional; further
-    columns are ignored beside a `label` column.
+    columns are ignored beside a `label` column. These four names are read in any case. A column
+    that seems to name patients in other words (`patient_id`, `subject`, ...) is refused unless
+    there is a `patient` column or the card has a `group_column`.
 
     Args:
         path: the table.
@@ -30,7 +41,8 @@ def open_table(path: Path, card: Card | None = None) -> ImageSet:
         WaraError: kind "data" when the table as a whole cannot be used. Faults of single rows go
             to `ImageSet.faults`.
     """
-    header, rows = _read(path)
+    names = [*card.class_names, card.group_column or "patient"] if card else []
+    header, rows = _read(path, names)
     group = (card.group_column if card else None) or "patient"
     if card and card.group_column and card.group_column not in header:
         raise WaraError(
@@ -39,6 +51,7 @@ def open_table(path: Path, card: Card | None = None) -> ImageSet:
             str(path),
             f"columns are: {', '.join(header)}",
         )
+    _check_group(path, header, group, names)
     notes: list[str] = []
     if card is None:
         card = _infer(path, header, rows, group)
@@ -81,12 +94,13 @@ def open_table(path: Path, card: Card | None = None) -> ImageSet:
     )
 
 
-def _read(path: Path) -> tuple[list[str], list[Row]]:
+def _read(path: Path, names: Container[str]) -> tuple[list[str], list[Row]]:
+    """Read header and rows; `names` are columns that the card calls by exactly that name."""
     try:
         # utf-8-sig: spreadsheets put a mark in front of the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, strict=True)
-            header = [name.strip() for name in next(reader, [])]
+            header = [_column(name.strip(), names) for name in next(reader, [])]
             lines = [line for line in reader if any(cell.strip() for cell in line)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise WaraError(
@@ -117,6 +131,27 @@ def _read(path: Path) -> tuple[list[str], list[Row]]:
     return header, [
         dict(zip(header, (cell.strip() for cell in line), strict=True)) for line in lines
     ]
+
+
+def _column(name: str, names: Container[str]) -> str:
+    return name.lower() if name.lower() in OWN_COLUMNS and name not in names else name
+
+
+def _check_group(path: Path, header: Sequence[str], group: str, names: Container[str]) -> None:
+    if group in header:
+        return
+    for name in header:
+        if name in OWN_COLUMNS or name in names:
+            continue
+        if _GROUP_WORDS.fullmatch(re.sub(r"[\W_]+", "", name.lower())):
+            raise WaraError(
+                "data",
+                f"column '{name}' seems to name patients, and there is no column 'patient'",
+                str(path),
+                "rename it to patient, or name it as group_column in a card, so that images of a "
+                "patient stay in one split; take it out if it does not say which images belong "
+                "together",
+            )
 
 
 def _infer(path: Path, header: Sequence[str], rows: Sequence[Row], group: str) -> Card:
