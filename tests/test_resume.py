@@ -175,6 +175,30 @@ def test_a_kill_between_the_two_checkpoints(
     _assert_same(whole / "run", tmp_path / "run")
 
 
+@pytest.mark.parametrize("left", [["train.log"], ["config.yaml", ".lock"]])
+def test_a_kill_before_the_first_checkpoint(
+    whole: Path, tmp_path: Path, left: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a kill in the first moments leaves is enough to resume, which starts at the start."""
+    path = tmp_path / "run"
+    path.mkdir()
+    for name in left:
+        (path / name).write_bytes(b"")
+    if "config.yaml" in left:
+        (path / "config.yaml").write_bytes((whole / "run" / "config.yaml").read_bytes())
+    config = _config(whole, out=str(path))
+    run(config, resume=True)
+    told = "no checkpoint to resume from yet; starting from the first epoch"
+    assert told in capsys.readouterr().out and told in (path / "train.log").read_text()
+    _assert_same(whole / "run", path)
+
+
+def test_resume_without_a_run_is_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(WaraError, match="nothing to resume") as caught:
+        run(_config(whole, out=str(tmp_path / "rum")), resume=True, quiet=True)
+    assert caught.value.exit_code == 2 and not (tmp_path / "rum").exists()
+
+
 def test_resume_of_a_finished_run_does_nothing(whole: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (whole / "run").rglob("*") if p.is_file()}
     run(_config(whole), resume=True, quiet=True)

@@ -76,6 +76,59 @@ def test_an_existing_run_names_the_flags(tmp_path: Path, status: str) -> None:
     folder.check(resume=False, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "names", [["train.log"], ["config.yaml"], ["config.yaml", "train.log"], [".config.yaml.7.tmp"]]
+)
+def test_a_run_killed_at_its_very_start_can_be_used_again(tmp_path: Path, names: list) -> None:
+    names = [name.replace(".tmp", files.TEMP_SUFFIX) for name in names] + [".lock"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    folder = RunFolder(tmp_path)
+    assert folder.is_run == ("config.yaml" in names)
+    folder.check(resume=True, overwrite=False)
+    folder.check(resume=False, overwrite=True)
+    with pytest.raises(WaraError, match="--overwrite"):
+        folder.check(resume=False, overwrite=False)
+    # One file of the user's own, and nobody may delete the folder.
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(WaraError, match="not a run's"):
+        folder.check(resume=False, overwrite=True)
+
+
+def test_a_folder_that_only_looks_like_results_is_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "report.md").write_text("written by hand")
+    with pytest.raises(WaraError, match="not a run's"):
+        RunFolder(tmp_path).check(resume=False, overwrite=True)
+
+
+def test_a_kill_while_clearing_leaves_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _as_run(tmp_path / "run")
+    for name in ("a_note_of_the_user", "report.md", "zzz"):
+        (folder.path / name).write_text("")
+    gone = []
+    unlink = Path.unlink
+
+    def record(path: Path, **options: bool) -> None:
+        gone.append(path.name)
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", record)
+    folder.open(overwrite=True)
+    assert gone[-2:] == ["provenance.json", "config.yaml"] and len(gone) == 5
+    folder.close()
+
+
+def test_nothing_to_resume_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(WaraError, match="nothing to resume in") as caught:
+            RunFolder(path).check(resume=True, overwrite=False)
+        assert caught.value.exit_code == 2 and "--out" in caught.value.remedy
+    assert not (tmp_path / "nowhere").exists()
+
+
 @pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True)])
 def test_a_folder_of_other_files_is_never_touched(tmp_path: Path, flags: tuple) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")

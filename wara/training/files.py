@@ -35,6 +35,11 @@ def temp_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
 
 
+def is_temp(name: str) -> bool:
+    """Whether a file name is one that `temp_name` makes."""
+    return name.startswith(".") and name.endswith(TEMP_SUFFIX)
+
+
 def remove_temps(folder: Path) -> None:
     """Delete temporary files that a killed run left in `folder` and below."""
     for path in folder.rglob(f".*{TEMP_SUFFIX}"):

@@ -22,6 +22,14 @@ from wara.training import files
 _LOCK = ".lock"
 _held: set[Path] = set()
 
+# All that a run writes at the top of its folder; and of these, what it writes first or deletes
+# last, so that one of them is there whenever it was killed.
+_SIGNS = frozenset({_LOCK, "config.yaml", "provenance.json", "train.log"})
+_OWN = _SIGNS | {
+    "splits.csv", "metrics.csv", "metrics.json", "predictions_val.csv", "predictions_test.csv",
+    "report.md", "adapter", "checkpoints", "plots", "wandb", "tensorboard",
+}  # fmt: skip
+
 
 class RunFolder:
     """One run's folder. File names and columns are a public contract (see the docs).
@@ -56,8 +64,16 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """Whether the folder was written by a run."""
-        return self.config.is_file() and self.provenance.is_file()
+        """Whether the folder was written by a run that got as far as its config."""
+        return self.config.is_file() and (self.provenance.is_file() or self._is_own())
+
+    def _is_own(self) -> bool:
+        """Whether a run was here, however short, and nothing else is."""
+        try:
+            names = {entry.name for entry in self.path.iterdir()}
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return bool(names & _SIGNS) and all(n in _OWN or files.is_temp(n) for n in names)
 
     @property
     def status(self) -> str:
@@ -82,6 +98,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise WaraError("config", "not a folder", str(self.path), "choose another with --out")
         if not self.path.is_dir():
+            if resume:
+                raise self._nothing()
             return
         holder = self.holder()
         if holder:
@@ -89,9 +107,12 @@ class RunFolder:
                 "busy", f"another run is writing here ({holder})", str(self.path),
                 "wait for it, stop it, or choose another folder with --out",
             )  # fmt: skip
-        if not any(entry.name != _LOCK for entry in self.path.iterdir()):
+        names = {entry.name for entry in self.path.iterdir()}
+        if resume and not names:
+            raise self._nothing()
+        if names <= {_LOCK}:
             return
-        if not self.is_run:
+        if not (self.is_run or self._is_own()):
             raise WaraError(
                 "config", "the folder holds files that are not a run's", str(self.path),
                 "choose another with --out; it is left as it is",
@@ -103,6 +124,12 @@ class RunFolder:
                 "use --resume to go on from its last checkpoint, --overwrite to delete it and "
                 "start again, or --out for another folder",
             )  # fmt: skip
+
+    def _nothing(self) -> WaraError:
+        return WaraError(
+            "config", f"nothing to resume in {self.path}", "--resume",
+            "check --out, or leave --resume out",
+        )  # fmt: skip
 
     def holder(self) -> str:
         """Who holds the lock, as `pid N on HOST`; empty when nobody does."""
@@ -178,9 +205,10 @@ class RunFolder:
                 self.path.rmdir()
 
     def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.name == _LOCK:
-                continue
+        # What tells a run's folder from another goes last, for a kill in between.
+        last = [self.provenance.name, self.config.name]
+        entries = [entry for entry in self.path.iterdir() if entry.name != _LOCK]
+        for entry in sorted(entries, key=lambda e: e.name in last and 1 + last.index(e.name)):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

@@ -51,7 +51,8 @@ def run(
 
     Args:
         config: the run.
-        resume: go on from the last checkpoint in the run folder; start when there is none.
+        resume: go on from the last checkpoint in the run folder; a run that was stopped before
+            its first checkpoint starts again from the first epoch.
         overwrite: delete an earlier run in the run folder first.
         dry_run: make all checks, print the plan, write nothing.
         quiet: print only the result.
@@ -96,15 +97,15 @@ class _Run:
         config, folder, console = self.config, self.folder, self.console
         if self.first:
             folder.check(resume=resume, overwrite=overwrite)
-        resume = resume and folder.is_run
-        if resume:
+        if resume and folder.is_run:
             self._check_config()
             if folder.status == "finished":
                 console.final(f"already finished: {folder.path}")
                 return folder.path
         elif self.first and not dry_run:
             check_writable(folder.path)
-        prepared = prepare(config, out=folder.path, report_dir=folder.path.parent)
+        report_dir = None if dry_run else folder.path.parent
+        prepared = prepare(config, out=folder.path, report_dir=report_dir)
         folder.synthetic = prepared.images.synthetic
         for line in prepared.plan.lines():
             console.say(line)
@@ -138,12 +139,12 @@ class _Run:
         }
         last = self._load_last(identity) if resume else None
         if self.first:
+            self._write_start(prepared, resume)
             console.log_to(folder.log)
             if resume and last is None:
-                console.say("nothing to resume yet; starting from the first epoch")
+                console.say("no checkpoint to resume from yet; starting from the first epoch")
             elif last is not None:
                 console.say(f"resuming after epoch {self.progress.epoch}")
-            self._write_start(prepared, resume)
             self._start_sinks(prepared)
         module = self._module(prepared)
         journal = Journal(
