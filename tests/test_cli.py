@@ -11,6 +11,7 @@ import wara
 from wara import cli
 from wara.config import RunConfig, load_config
 from wara.errors import WaraError
+from wara.training.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +64,9 @@ def test_print_config_prints_what_would_run_and_runs_nothing(ran, capsys, tmp_pa
     assert cli.main(argv) == 0 and not ran
     path = tmp_path / "printed.yaml"
     path.write_text(capsys.readouterr().out)
-    assert load_config(path) == load_config("chest_xray_tiny_wara", ["lr=1e-4"])
+    printed = load_config(path)
+    assert printed == resolve(load_config("chest_xray_tiny_wara", ["lr=1e-4"]))
+    assert {"rank", "level", "wavelet", "targets"} <= set(printed.adapter.options)
 
 
 def test_all_faults_of_a_config_are_told_at_once(ran, capsys):

@@ -205,6 +205,16 @@ def test_resume_of_a_finished_run_does_nothing(whole: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (whole / "run").rglob("*") if p.is_file()}
 
 
+def test_a_default_that_is_written_out_is_no_difference(whole: Path) -> None:
+    config = _config(whole)
+    options = config.adapter.options
+    spelt = {"method": "wara", **options, "wavelet": "haar", "core": "diag", "blocks": "all"}
+    run(config.model_validate({**dict(config), "adapter": spelt}), resume=True, quiet=True)
+    spelt["core"] = "full"
+    with pytest.raises(WaraError, match=r"adapter\.core"):
+        run(config.model_validate({**dict(config), "adapter": spelt}), resume=True, quiet=True)
+
+
 def test_resume_lists_every_difference(whole: Path) -> None:
     with pytest.raises(WaraError) as caught:
         run(_config(whole, lr=1e-3, batch_size=4, data__workers=2), resume=True, quiet=True)

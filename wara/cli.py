@@ -158,7 +158,11 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="print every key with its value and meaning, and stop",
     )
     output = parser.add_argument_group("what you see")
-    output.add_argument("--quiet", action="store_true", help="print only errors")
+    output.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print only errors, what stands in for data or backbone, and the results",
+    )
     output.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     _add_help(output)
 
@@ -193,8 +197,9 @@ def _train(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.cfg, overrides)
     if arguments.print_config:
         from wara.config import dump_config
+        from wara.training.resolve import resolve
 
-        print(dump_config(config), end="")
+        print(dump_config(resolve(config)), end="")
         return
     from wara.training.run import run
 

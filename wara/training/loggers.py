@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,10 +16,12 @@ from urllib.parse import urlparse
 import numpy as np
 from numpy.typing import NDArray
 
+from wara.cards import list_cards
 from wara.errors import WaraError
 
 Row = dict[str, float | None]
 _REACH_SECONDS = 3.0
+LOCAL = "local"
 
 
 def reachable(url: str, seconds: float = _REACH_SECONDS) -> bool:
@@ -35,15 +38,26 @@ def reachable(url: str, seconds: float = _REACH_SECONDS) -> bool:
         return False
 
 
+def public_name(dataset: str, card: str | None = None) -> str:
+    """What may be told of a data set: the name of a shipped card, or `local`.
+
+    Args:
+        dataset: as in the config.
+        card: name of the card in use, such as that of the phantoms; None is `dataset` itself.
+    """
+    names = list_cards()
+    wanted = dataset if card is None else card
+    return wanted if dataset in names and wanted in names else LOCAL
+
+
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what may name people or places: paths are reduced to `local`."""
+    """The config without what may name people or places: these are reduced to `local`."""
     kept = {key: value for key, value in config.items() if key != "out"}
-    if os.sep in str(kept.get("dataset")) or str(kept.get("dataset")).startswith((".", "~")):
-        kept["dataset"] = "local"
+    kept["dataset"] = public_name(str(kept.get("dataset")))
     kept["data"] = {k: v for k, v in kept.get("data", {}).items() if k != "cache"}
     backbone = dict(kept.get("backbone", {}))
     if backbone.get("weights"):
-        backbone["weights"] = "local"
+        backbone["weights"] = LOCAL
     return {**kept, "backbone": backbone}
 
 
@@ -154,7 +168,14 @@ class WandbSink:
                 )
             self._run.log(charts)
         artifact = self._wandb.Artifact(f"adapter-{self._run.id}", type="adapter")
-        artifact.add_dir(str(adapter))
+        for path in sorted(adapter.iterdir()):
+            if path.suffix != ".json":
+                artifact.add_file(str(path))
+                continue
+            content = json.loads(path.read_text())
+            content["extra"] = content.get("extra", {}) | {"dataset": summary["dataset"]}
+            with artifact.new_file(path.name) as handle:
+                json.dump(content, handle, indent=2)
         self._run.log_artifact(artifact)
 
     def images(self, pictures: Sequence[tuple[NDArray[np.uint8], str]]) -> None:

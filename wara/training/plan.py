@@ -156,6 +156,10 @@ class Plan:
         share = 100 * (adapter + head) / whole
         return f"adapter {adapter:,}, head {head:,}: {share:.2f} % of {whole:,}"
 
+    def warnings(self) -> list[str]:
+        """The banners as text; the first lines of the plan."""
+        return ["!" * 8 + " " + text for text in self.banners]
+
     def lines(self) -> list[str]:
         """The plan as text."""
         pairs = [
@@ -171,5 +175,4 @@ class Plan:
             ("output", self.out),
             *(("note", note) for note in self.notes),
         ]
-        rules = [line for text in self.banners for line in ("!" * 8 + " " + text,)]
-        return [*rules, *(f"{name:<10} {text}".rstrip() for name, text in pairs)]
+        return [*self.warnings(), *(f"{name:<10} {text}".rstrip() for name, text in pairs)]

@@ -24,10 +24,11 @@ from wara.training.folder import RunFolder, utc_now
 from wara.training.guards import as_refusal, check_writable, differences, torch_settings
 from wara.training.journal import Journal, Progress, check_identity, load_best
 from wara.training.launch import launch, rank
-from wara.training.loggers import Sinks, public_config
+from wara.training.loggers import Sinks, public_config, public_name
 from wara.training.outcome import Outcome, finish
 from wara.training.progress import ProgressBar
 from wara.training.provenance import collect
+from wara.training.resolve import resolve
 from wara.training.setup import Prepared, prepare
 from wara.training.signals import Stopped, StopSignals
 from wara.training.task import FineTuning
@@ -55,7 +56,7 @@ def run(
             its first checkpoint starts again from the first epoch.
         overwrite: delete an earlier run in the run folder first.
         dry_run: make all checks, print the plan, write nothing.
-        quiet: print only the result.
+        quiet: print only what stands in for data or backbone, and the result.
 
     Returns:
         The run folder.
@@ -64,6 +65,7 @@ def run(
         WaraError: every refusal; kind and exit code say which.
         Stopped: after SIGTERM or SIGINT, with exit code 143 or 130.
     """
+    config = resolve(config)
     if config.devices > 1 and not dry_run and rank() is None:
         RunFolder(config.folder).check(resume=resume, overwrite=overwrite)
         launch(config, resume=resume, overwrite=overwrite, quiet=quiet)
@@ -107,7 +109,10 @@ class _Run:
         report_dir = None if dry_run else folder.path.parent
         prepared = prepare(config, out=folder.path, report_dir=report_dir)
         folder.synthetic = prepared.images.synthetic
-        for line in prepared.plan.lines():
+        warnings = prepared.plan.warnings()
+        for line in warnings:
+            console.final(line)
+        for line in prepared.plan.lines()[len(warnings) :]:
             console.say(line)
         if dry_run:
             console.say("dry run: all checks passed, nothing was trained or written")
@@ -263,7 +268,7 @@ class _Run:
     # -- resume -----------------------------------------------------------------------------
 
     def _check_config(self) -> None:
-        earlier = load_config(self.folder.config).model_dump(mode="json")
+        earlier = resolve(load_config(self.folder.config)).model_dump(mode="json")
         differing = [
             key
             for key, (old, new) in differences(earlier, self.config.model_dump(mode="json")).items()
@@ -377,7 +382,10 @@ class _Run:
             self.folder.path,
             wandb=config.wandb,
             project=config.wandb_project,
-            name=f"{prepared.images.card.name}_{config.adapter.method}_s{config.seed}",
+            name=(
+                f"{public_name(config.dataset, prepared.images.card.name)}_"
+                f"{config.adapter.method}_s{config.seed}"
+            ),
             config={
                 **public_config(config.model_dump(mode="json")),
                 "synthetic": prepared.images.synthetic,
@@ -397,7 +405,10 @@ class _Run:
                 for i, label, guess in shown
             ]
         self.sinks.results(
-            metrics=outcome.metrics, labels=test.labels, probs=test.probs,
+            metrics=outcome.metrics | {
+                "dataset": public_name(self.config.dataset, outcome.metrics["dataset"])
+            },
+            labels=test.labels, probs=test.probs,
             predicted=test.predicted, classes=prepared.classes, adapter=self.folder.adapter,
             images=images,
         )  # fmt: skip
