@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,18 @@ from timm.scheduler import CosineLRScheduler
 from training_helpers import CLASSES, make_images, spawn, tiny_config
 
 import wara
-from wara.config import RunConfig, load_config
+from wara.adapters import METHODS, method_from_options
+from wara.config import RunConfig, dump_config, load_config
 from wara.errors import WaraError
 from wara.training.checkpoints import SafeCheckpointIO
 from wara.training.console import Console
 from wara.training.journal import Progress
-from wara.training.loggers import public_config, reachable
-from wara.training.losses import loss_per_image, resolve_loss
+from wara.training.loggers import public_config, public_name, reachable
+from wara.training.losses import check_options, loss_per_image, resolve_loss
 from wara.training.outcome import _scores, predict
 from wara.training.plan import SplitTable, pick_device, pick_precision
 from wara.training.report import cell, result_table
+from wara.training.resolve import resolve
 from wara.training.run import run
 from wara.training.signals import StopSignals
 from wara.training.task import FineTuning, probabilities, schedule, step_seed
@@ -104,6 +108,47 @@ def test_a_loss_that_does_not_fit_is_refused(loss: str, task: str) -> None:
     with pytest.raises(WaraError) as caught:
         resolve_loss(loss, task, (10, 10))
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "task", "smoothing", "monitor", "part"),
+    [
+        ("focal", "binary", 0.1, "auc_macro", "takes no label smoothing"),
+        ("auto", "multilabel", 0.1, "auc_macro", "'bce' takes no label smoothing"),
+        ("ce", "multiclass", 0.1, "qwk", "balanced_accuracy, f1_macro$"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    loss: str, task: str, smoothing: float, monitor: str, part: str
+) -> None:
+    with pytest.raises(WaraError, match=part) as caught:
+        check_options(loss, task, smoothing=smoothing, monitor=monitor)
+    assert caught.value.exit_code == 2 and len(str(caught.value).splitlines()) == 1
+    check_options("auto", "ordinal", smoothing=0.1, monitor="qwk")
+    check_options("focal", task, smoothing=0.0, monitor="f1_macro")
+
+
+def test_a_run_refuses_options_without_effect_all_at_once(tmp_path: Path, folder: Path) -> None:
+    config = tiny_config(
+        folder, out=str(tmp_path / "run"), loss="focal", label_smoothing=0.1, monitor="qwk"
+    )
+    with pytest.raises(WaraError) as caught:
+        run(config, quiet=True)
+    assert caught.value.exit_code == 2 and len(str(caught.value).splitlines()) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "lr", "told"),
+    [("full", 2e-3, True), ("full", 1e-4, False), ("bitfit", 2e-3, True), ("wara", 2e-3, False)],
+)
+def test_a_rate_for_adapters_is_told_where_the_base_trains(
+    tmp_path: Path, folder: Path, method: str, lr: float, told: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    config = tiny_config(folder, out=str(tmp_path / "run"), adapter={"method": method}, lr=lr)
+    run(config, dry_run=True)
+    assert ("--set lr=1e-4" in capsys.readouterr().out) == told
 
 
 # -- schedule and randomness ------------------------------------------------------------------
@@ -267,7 +312,9 @@ def test_the_adapter_folder_gives_the_logits_of_the_predictions(folder: Path) ->
 
 def test_the_resolved_config_and_the_record(folder: Path) -> None:
     path = folder / "run"
-    assert load_config(path / "config.yaml") == tiny_config(folder, epochs=2, tensorboard=True)
+    config = load_config(path / "config.yaml")
+    assert config == resolve(tiny_config(folder, epochs=2, tensorboard=True))
+    assert set(config.adapter.options) == {field.name for field in dataclasses.fields(wara.WaRA)}
     record = json.loads((path / "provenance.json").read_text())
     assert record["status"] == "finished" and record["ended"] >= record["started"][0]
     assert record["synthetic"] is False and record["seed"] == 0
@@ -277,6 +324,25 @@ def test_the_resolved_config_and_the_record(folder: Path) -> None:
     assert "epoch 1/2" in log and "auc_macro" in log
     text = (path / "report.md").read_text()
     assert "plots/roc.png" in text and "| `auc_macro` |" in text and "wara.load_adapter" in text
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((name, {}) for name in METHODS), ("wara", {"budget": "lora_r4"}),
+     ("waveft", {"budget": 0.8}), ("waveft", {"k": [3, 4]}), ("lora", {"targets": ["q", "v"]})],
+)  # fmt: skip
+def test_a_resolved_config_holds_every_option_and_loads_again(
+    tmp_path: Path, method: str, options: dict
+) -> None:
+    plain = RunConfig.model_validate({"adapter": {"method": method, **options}})
+    full = resolve(plain)
+    assert set(full.adapter.options) == {f.name for f in dataclasses.fields(METHODS[method])}
+    assert options.items() <= full.adapter.options.items()
+    assert full.model_copy(update={"adapter": plain.adapter}) == plain
+    (tmp_path / "config.yaml").write_text(dump_config(full))
+    again = load_config(tmp_path / "config.yaml")
+    assert again == full == resolve(full)
+    assert method_from_options(method, again.adapter.options) == METHODS[method](**options)
 
 
 def test_output_is_the_plan_a_line_per_epoch_and_the_results(
@@ -478,6 +544,17 @@ def test_offline_phantoms_and_the_small_backbone_stand_in(
     assert load_config(path / "config.yaml").dataset == "retinamnist"
 
 
+def test_quiet_still_says_what_stands_in(
+    tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(_offline(tmp_path), quiet=True)
+    lines = capsys.readouterr().out.splitlines()
+    banners = [line for line in lines if line.startswith("!!!!!!!!")]
+    for word in ("retinamnist", "SYNTHETIC", "replaced by 'wara_nano'"):
+        assert any(word in line for line in banners), word
+    assert not any(line.startswith(("data set", "epoch ")) for line in lines)
+
+
 def test_offline_error_refuses_with_the_way_out(tmp_path: Path, no_network: None) -> None:
     with pytest.raises(WaraError) as caught:
         run(_offline(tmp_path, offline="error"), quiet=True)
@@ -660,6 +737,42 @@ def test_public_config_names_no_place() -> None:
     assert "ann" not in json.dumps(public_config(config.model_dump(mode="json")))
 
 
+def test_only_shipped_names_of_data_sets_are_public() -> None:
+    assert public_name("retinamnist") == public_name("retinamnist", "retinamnist") == "retinamnist"
+    assert public_name("retinamnist", "fundus_phantom") == "fundus_phantom"
+    for own in ("clinic_ann", "clinic_ann.yaml", "../clinic_ann", "clinic/ann"):
+        assert public_name(own) == public_name(own, "clinic_ann") == "local"
+        assert public_name(own, "retinamnist") == "local"
+        assert public_config({"dataset": own})["dataset"] == "local"
+
+
+def test_wandb_is_told_no_name_of_the_users_data(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    class Recorder:
+        note = ""
+
+        def __init__(self, **options: Any) -> None:
+            told.append({k: v for k, v in options.items() if k != "folder"})
+
+        def epoch(self, *_: Any) -> None: ...
+
+        def results(self, *, summary: dict, **_: Any) -> None:
+            told.append(summary)
+
+        def close(self, _: int) -> None: ...
+
+    shutil.copytree(folder / "data", tmp_path / "clinic_ann")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("wara.training.loggers.WandbSink", Recorder)
+    run(tiny_config(folder, dataset="clinic_ann", out="run", epochs=1, wandb="online"), quiet=True)
+    assert len(told) == 2 and "clinic_ann" not in json.dumps(told)
+    assert told[0]["name"] == "local_wara_s0" and told[1]["dataset"] == "local"
+    assert json.loads(Path("run/metrics.json").read_text())["dataset"] == "clinic_ann"
+
+
 def test_reachability_is_decided_quickly() -> None:
     assert not reachable("https://127.0.0.1:9", seconds=1.0)
 
@@ -673,7 +786,10 @@ getpass.getuser = lambda: "secretuser"
 
 @pytest.mark.slow
 def test_wandb_offline_holds_no_names(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, epochs=1, wandb="offline")
+    tiny_config(tmp_path)
+    shutil.copytree(tmp_path / "data", tmp_path / "clinic_ann")
+    own = str(tmp_path / "clinic_ann")
+    config = tiny_config(tmp_path, dataset=own, epochs=1, wandb="offline")
     process = spawn(config, SECRETS)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and err == "", out + err
@@ -683,7 +799,7 @@ def test_wandb_offline_holds_no_names(tmp_path: Path) -> None:
     assert any(path.suffix == ".wandb" for path in files)
     content = b"".join(path.read_bytes() for path in files)
     for word in ("calm_0", "calm-1", "labels.csv", "weights.safetensors", "secrethost",
-                 "secretuser"):  # fmt: skip
+                 "secretuser", "clinic_ann"):  # fmt: skip
         assert word.encode() not in content, word
     for word in (b"val_auc_macro", b"test_auc_calm", b"confusion_matrix", b"adapter_config.json"):
         assert word in content, word

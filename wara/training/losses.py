@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wara.data.balance import imbalance_ratio
-from wara.errors import WaraError
+from wara.errors import WaraError, WaraErrors
+from wara.evaluation.metrics import metric_names
 
 IMBALANCE = 3.0
 LOSSES = ("ce", "weighted_ce", "focal", "bce")
@@ -48,6 +49,39 @@ def resolve_loss(loss: str, task: str, counts: Sequence[int]) -> tuple[str, str]
             f"use ce, weighted_ce, focal or auto for a {task} data set",
         )  # fmt: skip
     return loss, "chosen in the config"
+
+
+def check_options(loss: str, task: str, *, smoothing: float, monitor: str) -> None:
+    """Refuse options that the loss or the task has no use for.
+
+    Args:
+        loss: `auto` or one of `LOSSES`.
+        task: `binary | multiclass | multilabel | ordinal`.
+        smoothing: label smoothing.
+        monitor: metric that picks the best epoch.
+
+    Raises:
+        WaraErrors: kind "config".
+    """
+    faults = []
+    used = "bce" if loss == "auto" and task == "multilabel" else loss
+    if smoothing and used in ("focal", "bce"):
+        faults.append(
+            WaraError(
+                "config", f"loss '{used}' takes no label smoothing", "label_smoothing",
+                "set it to 0, or use ce or weighted_ce for a data set with one label per image",
+            )
+        )  # fmt: skip
+    metrics = [name for name in metric_names(task, ()) if name not in ("ece", "brier")]
+    if monitor not in metrics:
+        faults.append(
+            WaraError(
+                "config", f"'{monitor}' is not defined for a {task} data set", "monitor",
+                f"use one of {', '.join(metrics)}",
+            )
+        )  # fmt: skip
+    if faults:
+        raise WaraErrors(faults)
 
 
 def loss_per_image(

@@ -24,6 +24,10 @@ from wara.training.provenance import data_sha256
 
 PHANTOM_SIDE = 112  # pixels; what the shipped backbone reads, drawn in milliseconds
 
+# Methods that train weights of the base, and a rate that is high for pretrained weights.
+_MOVES_THE_BASE = ("full", "bitfit", "ln_tuning")
+_HIGH_RATE = 5e-4
+
 
 @dataclass
 class Prepared:
@@ -94,8 +98,14 @@ def image_spec(info: BackboneInfo) -> ImageSpec:
     )
 
 
-def prepare(config: RunConfig, *, out: Path, report_dir: Path) -> Prepared:
-    """Open the data, check it, build the model, and write nothing but a list of data faults.
+def prepare(config: RunConfig, *, out: Path, report_dir: Path | None) -> Prepared:
+    """Open the data, check it, build the model.
+
+    Args:
+        config: of the run.
+        out: the run's folder, for the plan.
+        report_dir: where a long list of data faults is written, the only thing that is; None to
+            write nothing.
 
     Raises:
         WaraError: any refusal that can be known before training.
@@ -116,6 +126,9 @@ def prepare(config: RunConfig, *, out: Path, report_dir: Path) -> Prepared:
         seed=config.data.split_seed,
         images=config.data.images,
         phantom_size=PHANTOM_SIDE,
+    )
+    losses.check_options(
+        config.loss, images.card.task, smoothing=config.label_smoothing, monitor=config.monitor
     )
     # The model comes before the pass over all images: a wrong option is told in a second.
     model, info, method = _model(config, images)
@@ -141,7 +154,7 @@ def prepare(config: RunConfig, *, out: Path, report_dir: Path) -> Prepared:
     plan = Plan(
         dataset=f"{card.name}: {card.title} ({card.task}, {images.origin})",
         banners=banners,
-        notes=tuple(note for note in notes if note not in banners),
+        notes=tuple(note for note in [*notes, *_rate_notes(config)] if note not in banners),
         table=table,
         backbone=(
             f"{info.name}, {info.img_size[0]} x {info.img_size[1]} px, grid {info.grid_size[0]} x "
@@ -219,6 +232,15 @@ def _banners(config: RunConfig, images: sources.ImageSet, info: BackboneInfo) ->
             "with the package (offline: phantom)."
         )
     return tuple(banners)
+
+
+def _rate_notes(config: RunConfig) -> list[str]:
+    if config.adapter.method not in _MOVES_THE_BASE or config.lr <= _HIGH_RATE:
+        return []
+    return [
+        f"lr {config.lr:g} is an adapter's; '{config.adapter.method}' trains the backbone's own "
+        "weights, for which 1e-4 is usual (--set lr=1e-4)"
+    ]
 
 
 def _label(label: int | tuple[int, ...]) -> str:
