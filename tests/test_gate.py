@@ -21,6 +21,8 @@ from wara.data.splits import connected_groups, stratify
 from wara.errors import WaraError, WaraErrors
 from wara.images import ImageSpec, read_image, resize
 
+ALONE = "no patient column: {}, and intervals take images as independent"
+LEAK = ALONE.format("images are split one by one")
 FRACTIONS = {"val_fraction": 0.15, "test_fraction": 0.2, "seed": 0}
 
 
@@ -175,8 +177,19 @@ def good() -> tuple[ImageSet, list[str]]:
 
 
 def test_good_data_pass(tmp_path):
-    assert check(*good(), report_dir=tmp_path) == []
+    assert check(*good(), report_dir=tmp_path) == [LEAK]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_patients_are_said_of_real_images_only(tmp_path):
+    images, splits = good()
+    own = image_set([0, 1] * 5, splits=splits)
+    (note,) = check(own, splits, report_dir=None)
+    assert note == ALONE.format("nobody can check that no patient is in two splits")
+    known = image_set([0, 1] * 5, patients=[*"abcdefghij"])
+    assert check(known, splits, report_dir=None) == []
+    images.synthetic = True
+    assert check(images, splits, report_dir=None) == []
 
 
 def test_empty_class_and_class_without_training_images(tmp_path):
@@ -188,7 +201,12 @@ def test_empty_class_and_class_without_training_images(tmp_path):
 
 def test_one_class_validation_split(tmp_path):
     splits = ["train"] * 6 + ["val", "test", "val", "test"]
-    assert "one class only" in fails(image_set([0, 1] * 5), splits, tmp_path)
+    text = fails(image_set([0, 1] * 5), splits, tmp_path)
+    assert "one class only" in text and "6.png, 8.png;" in text
+    assert list(tmp_path.iterdir()) == []  # one fault needs no file
+    labels = [0, 1] * 3 + [0] * 25
+    text = fails(image_set(labels), ["train"] * 6 + ["val"] * 25, tmp_path)
+    assert ", ".join(f"{i}.png" for i in range(6, 26)) + " and 5 more;" in text
 
 
 def test_one_class_validation_split_of_a_multilabel_task(tmp_path):
@@ -206,9 +224,9 @@ def test_empty_splits(tmp_path):
 def test_absent_test_classes_are_said(tmp_path):
     splits = ["train"] * 6 + ["val"] * 2 + ["test", "val"]
     notes = check(image_set([0, 1] * 5), splits, report_dir=tmp_path)
-    assert notes == ["test holds no c1: metrics of that class are null there"]
+    assert notes == ["test holds no c1: metrics of that class are null there", LEAK]
     notes = check(image_set([0, 1] * 5), ["train"] * 6 + ["val"] * 4, report_dir=tmp_path)
-    assert notes == ["no test images: test metrics will be null"]
+    assert notes == ["no test images: test metrics will be null", LEAK]
 
 
 def test_patient_in_two_splits(tmp_path):
@@ -267,6 +285,46 @@ def test_every_offender_is_listed(tmp_path):
     assert sum("damaged" in line for line in listed) == 15
     for path in paths[:30]:
         assert any(str(path) in line for line in listed)
+
+
+def many_faults() -> ImageSet:
+    images, _ = good()
+    images.faults = tuple(WaraError("data", f"fault {i}", "", "correct") for i in range(21))
+    return images
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WaraErrors) as caught:
+        check(many_faults(), good()[1], report_dir=None)
+    assert str(caught.value).endswith("1 more offenders; correct the first ones and run again")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_many_faults_as_are_shown_need_no_file(tmp_path):
+    images = many_faults()
+    images.faults = images.faults[:20]
+    assert "more offenders" not in fails(images, good()[1], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_that_cannot_be_written_is_a_storage_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(WaraError) as caught:
+        check(many_faults(), good()[1], report_dir=tmp_path / "file")
+    assert caught.value.exit_code == 5 and "fault 0" in caught.value.remedy
+    # A move that fails leaves the old list as it was, and nothing beside it.
+    (tmp_path / "data_faults.txt").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(WaraError, match="No space left") as caught:
+        check(many_faults(), good()[1], report_dir=tmp_path)
+    assert caught.value.exit_code == 5
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "data_faults.txt"}
+    assert (tmp_path / "data_faults.txt").read_text() == "old"
 
 
 def test_images_are_decoded_once(tmp_path, monkeypatch):

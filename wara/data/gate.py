@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -86,7 +88,8 @@ def check(
     Args:
         image_set: the data.
         splits: "train", "val" or "test" per record.
-        report_dir: folder for the list of all offenders, made when it is needed; None for none.
+        report_dir: folder for the list of all offenders, made and written only when there are
+            more than the message shows; None to write nothing.
         spec: when given, images are kept in memory as it wants them, if they fit, so that they
             are decoded once for checking and training.
 
@@ -95,12 +98,13 @@ def check(
 
     Raises:
         WaraErrors: kind "data"; the first 20 offenders, then where the rest is listed.
+        WaraError: kind "storage" when that list is needed and cannot be written.
     """
     faults = list(image_set.faults)
     faults += _unreadable(image_set, spec)
     notes = list(image_set.notes)
     faults += _class_faults(image_set, splits, notes)
-    faults += _patient_faults(image_set, splits)
+    faults += _patient_faults(image_set, splits, notes)
     faults += _duplicate_faults(image_set, splits, notes)
     if faults:
         raise _report(faults, report_dir)
@@ -108,17 +112,38 @@ def check(
 
 
 def _report(faults: Sequence[WaraError], report_dir: str | Path | None) -> WaraErrors:
-    if report_dir is None:
-        rest = "correct the first ones and run again"
-    else:
-        path = Path(report_dir) / FAULT_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{fault}\n" for fault in faults), encoding="utf-8")
-        rest = f"all are listed in {path}"
     shown = list(faults[:SHOWN])
     if len(faults) > SHOWN:
+        rest = "correct the first ones and run again"
+        if report_dir is not None:
+            path = Path(report_dir) / FAULT_FILE
+            _write(path, faults)
+            rest = f"all are listed in {path}"
         shown.append(WaraError("data", f"{len(faults) - SHOWN} more offenders", "", rest))
     return WaraErrors(shown)
+
+
+def _write(path: Path, faults: Sequence[WaraError]) -> None:
+    """Write one fault per line; the file is whole or not there."""
+    beside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as stream:
+            beside = Path(stream.name)
+            stream.writelines(f"{fault}\n" for fault in faults)
+        os.replace(beside, path)
+    except OSError as error:
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+        raise WaraError(
+            "storage",
+            f"the list of {len(faults)} faults in the data cannot be written: "
+            f"{error.strerror or error}",
+            str(path),
+            f"choose a folder that can be written; the first fault is: {faults[0].what}",
+        ) from error
 
 
 def _unreadable(image_set: ImageSet, spec: ImageSpec | None) -> list[WaraError]:
@@ -181,7 +206,7 @@ def _class_faults(image_set: ImageSet, splits: Sequence[str], notes: list[str]) 
             WaraError(
                 "data",
                 "the validation split holds one class only, so that no metric can choose a model",
-                image_set.origin,
+                _named((image_set.records[i].file for i in np.flatnonzero(of_split["val"])), SHOWN),
                 "raise data.val_fraction, or split otherwise",
             )
         )
@@ -202,11 +227,24 @@ def _one_class(labels: np.ndarray, multilabel: bool) -> bool:
     return bool((labels.min(0) == labels.max(0)).all())
 
 
-def _patient_faults(image_set: ImageSet, splits: Sequence[str]) -> list[WaraError]:
+def _patient_faults(
+    image_set: ImageSet, splits: Sequence[str], notes: list[str]
+) -> list[WaraError]:
     held: dict[str, Counter[str]] = defaultdict(Counter)
     for record, split in zip(image_set.records, splits, strict=True):
         if record.patient is not None:
             held[record.patient][split] += 1
+    if not held and len(image_set) and not image_set.synthetic:
+        whole = all(record.split is not None for record in image_set.records)
+        notes.append(
+            "no patient column: "
+            + (
+                "nobody can check that no patient is in two splits"
+                if whole
+                else "images are split one by one"
+            )
+            + ", and intervals take images as independent"
+        )
     return [
         WaraError(
             "data",
@@ -269,6 +307,6 @@ def _duplicate_faults(
     return faults
 
 
-def _named(files: Iterable[str]) -> str:
+def _named(files: Iterable[str], most: int = 3) -> str:
     names = list(files)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
