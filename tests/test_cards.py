@@ -111,8 +111,17 @@ def test_a_card_of_the_users_own(tmp_path):
         ("modality: ultrasound", "modalty: ultrasound", "did you mean 'modality'?"),
         ("kind: folder", "kind: folder, pth: x", "did you mean 'path'?"),
         ("meaning: Nothing", "meening: Nothing", "did you mean 'meaning'?"),
-        ("kind: folder", "kind: tree", "tree"),
-        ("task: binary", "task: bin", "'binary'"),
+        ("kind: folder", "kind: foldr", "kind cannot be 'foldr'; "),
+        ("kind: folder", "kind: foldr", "source.kind; did you mean 'folder'?"),
+        ("kind: folder", "kind: tree", "choose one of: csv, folder, medmnist, phantom"),
+        ("kind: folder", "path: x", "source has no 'kind'"),
+        ("source: {kind: folder}", "source: folder", "source should be a section"),
+        ("task: binary", "task: binray", "task cannot be 'binray'; "),
+        ("task: binary", "task: binray", "did you mean 'binary'?"),
+        ("modality: ultrasound", "modality: ultrasuond", "did you mean 'ultrasound'?"),
+        ("modality: ultrasound", "modality: x", "chest_xray, dermoscopy, fundus, mammography"),
+        ("title: Mine", "title: 3", "title should be a text (put it in quotes), not 3"),
+        ("name: no", "name: macro", "a class cannot be named 'macro'"),
         ("task: binary\n", "", "'task' is missing"),
         ('["1"]', "[no]", "'no' names two classes"),
         ("name: no", "name: a|b", "no '|'"),
@@ -122,7 +131,7 @@ def test_a_card_of_the_users_own(tmp_path):
         ("kind: folder", "kind: folder, patient_pattern: 'a'", "0 groups"),
         (GOOD, "- a\n- b\n", "key: value"),
         (GOOD, "a: [", "not a readable card"),
-        ("  - {name: no, meaning: Nothing}\n", "", "classes"),
+        ("  - {name: no, meaning: Nothing}\n", "", "classes should be a list of at least 2;"),
     ],
 )
 def test_faulty_cards_are_refused_by_name(tmp_path, old, new, words):
@@ -131,6 +140,8 @@ def test_faulty_cards_are_refused_by_name(tmp_path, old, new, words):
         load_card(write(tmp_path, GOOD.replace(old, new, 1)))
     assert caught.value.kind == "config" and words in str(caught.value)
     assert "mine.yaml" in str(caught.value)
+    for word in ("Input", "discriminator", "valid ", "Value error", "something else"):
+        assert word not in str(caught.value)
 
 
 def test_all_faults_of_a_card_at_once(tmp_path):

@@ -231,6 +231,7 @@ def test_multilabel_tables_agree(tmp_path):
         ("file,label\na.png,x,3\n", "another number of columns"),
         ("file,grade\na.png,7\n", "no column 'label'"),
         ("file,label\na.png,x\nb.png,x\n", "only the class 'x'"),
+        ("file,label\na.png,x\nb.png,macro\n", "error[data]: a class cannot be named 'macro'"),
         ('file,label\n"a.png,x\n', "not a readable table"),
     ],
 )

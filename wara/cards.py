@@ -124,6 +124,9 @@ class Card(_Part):
         for info in self.classes:
             if re.search(r"[\x00-\x1f|]", info.name) or info.name != info.name.strip():
                 raise ValueError(f"class name {info.name!r}: no '|', line break or outer space")
+            if info.name == "macro":
+                # `auc_macro` is the mean over classes, `auc_<class>` the value of one.
+                raise ValueError("a class cannot be named 'macro', as the mean over classes is")
             for word in dict.fromkeys([info.name, *info.aliases]):
                 if word in seen:
                     raise ValueError(f"'{word}' names two classes, {seen[word]} and {info.name}")
@@ -210,7 +213,59 @@ def _fault(detail: ErrorDetails, path: Path) -> WaraError:
         return WaraError("config", f"'{keys[-1]}' is missing", where, "see datasets/README.md")
     if kind == "value_error":
         return WaraError("config", str(detail["ctx"]["error"]), where, "correct the card")
-    return WaraError("config", detail["msg"], where, "see datasets/README.md")
+    if kind == "union_tag_not_found":
+        return WaraError(
+            "config", f"{keys[-1]} has no 'kind'", where, f"one of: {', '.join(_source_kinds())}"
+        )
+    choices: list[str] = []
+    value = detail["input"]
+    if kind == "union_tag_invalid":
+        choices, value = list(_source_kinds()), detail["ctx"]["tag"]
+        where += ".kind"
+    elif kind == "literal_error":
+        choices = re.findall(r"[^\s',]+", str(detail["ctx"]["expected"]).replace(" or ", " "))
+    shown = f"'{value}'" if isinstance(value, str) else str(value)
+    if isinstance(value, (dict, list)):
+        shown = "a section" if isinstance(value, dict) else "a list"
+    if len(shown) > 60:
+        shown = shown[:57] + "..."
+    if choices:
+        key = "kind" if kind == "union_tag_invalid" else keys[-1]
+        return WaraError("config", f"{key} cannot be {shown}", where, suggest(str(value), choices))
+    what = f"{keys[-1] if keys else 'the card'} should be {_wanted(detail)}"
+    if kind != "too_short":
+        what += f", not {'empty' if value is None else shown}"
+    return WaraError("config", what, where, "see datasets/README.md")
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    """Return what a value should have been, in plain words."""
+    limits = detail.get("ctx", {})
+    words = {
+        "string_type": "a text (put it in quotes)",
+        "string_too_short": "a text that is not empty",
+        "string_too_long": f"a text of at most {limits.get('max_length')} characters",
+        "string_pattern_mismatch": "made of letters, digits, '.', '-' and '_'",
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "list_type": "a list",
+        "too_short": f"a list of at least {limits.get('min_length')}",
+        "model_type": "a section with keys of its own",
+        "model_attributes_type": "a section with keys of its own",
+        "greater_than": f"above {limits.get('gt')}",
+        "greater_than_equal": f"at least {limits.get('ge')}",
+        "less_than": f"below {limits.get('lt')}",
+    }
+    return words.get(detail["type"], "something else")
+
+
+def _source_kinds() -> dict[str, Any]:
+    """Return the models of `source` by their kind."""
+    return {
+        get_args(part.model_fields["kind"].annotation)[0]: part
+        for part in (MedMNISTSource, FolderSource, CsvSource, PhantomSource)
+    }
 
 
 def _nearest(keys: list[str]) -> str:
@@ -218,9 +273,6 @@ def _nearest(keys: list[str]) -> str:
     if keys[0] == "classes":
         fields = dict(ClassInfo.model_fields)
     elif keys[0] == "source" and len(keys) > 1:
-        kinds: dict[str, Any] = {
-            get_args(part.model_fields["kind"].annotation)[0]: part
-            for part in (MedMNISTSource, FolderSource, CsvSource, PhantomSource)
-        }
+        kinds = _source_kinds()
         fields = dict(kinds[keys[1]].model_fields) if keys[1] in kinds else {}
     return suggest(keys[-1], fields)

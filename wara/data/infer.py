@@ -72,7 +72,8 @@ def inferred_card(
             phantom=None,
         )
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
+        detail = error.errors()[0]
+        reason = str(detail.get("ctx", {}).get("error") or detail["msg"])
         raise WaraError("data", reason, str(path), "rename the class") from error
 
 
