@@ -379,3 +379,20 @@ def test_counts_and_weights_of_labels():
     counts = class_counts(table, 3)
     assert counts.tolist() == [3, 1, 0]
     np.testing.assert_allclose(positive_weights(counts, 4), [1 / 3, 3, 1], rtol=1e-6)
+
+
+def test_rare_findings_are_weighted_as_by_torch():
+    import torch
+
+    from wara.training.losses import loss_per_image, loss_weights
+
+    weights, text = loss_weights("auto", "multilabel", (40, 10, 1, 0), 400)
+    assert weights.tolist() == [9, 39, 100, 1]  # 399 is capped
+    assert text == ", positives weighted 1 to 100"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, generator=generator)
+    y = (torch.rand(6, 4, generator=generator) < 0.5).float()
+    wanted = torch.nn.BCEWithLogitsLoss(pos_weight=weights)(x, y)
+    torch.testing.assert_close(loss_per_image(x, y, loss="bce", weights=weights).mean(), wanted)
+    assert loss_weights("bce", "multilabel", (1, 10), 400) == (None, "")
+    assert loss_weights("auto", "multilabel", (25, 50), 100) == (None, "")  # 3 : 1

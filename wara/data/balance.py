@@ -42,10 +42,14 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
     return weights.astype(np.float32)
 
 
+MOST_POSITIVE_WEIGHT = 100.0
+
+
 def positive_weights(counts: np.ndarray, images: int) -> np.ndarray:
     """Weight of the positives of each label, negatives over positives, for multilabel losses.
 
-    A label without positives gets weight 1.
+    A label without positives gets weight 1. Weights end at `MOST_POSITIVE_WEIGHT`, so that a label
+    with a handful of positives does not drive the training.
 
     Args:
         counts: positives per label `[c]`.
@@ -57,4 +61,4 @@ def positive_weights(counts: np.ndarray, images: int) -> np.ndarray:
     counts = np.asarray(counts, dtype=np.float64)
     weights = np.ones(len(counts))
     weights[counts > 0] = (images - counts[counts > 0]) / counts[counts > 0]
-    return weights.astype(np.float32)
+    return weights.clip(max=MOST_POSITIVE_WEIGHT).astype(np.float32)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wara.data.balance import imbalance_ratio
+from wara.data.balance import class_weights, imbalance_ratio, positive_weights
 from wara.errors import WaraError, WaraErrors
 from wara.evaluation.metrics import metric_names
 
@@ -84,6 +84,31 @@ def check_options(loss: str, task: str, *, smoothing: float, monitor: str) -> No
         raise WaraErrors(faults)
 
 
+def loss_weights(
+    loss: str, task: str, counts: Sequence[int], images: int
+) -> tuple[Tensor | None, str]:
+    """Weights that go with the loss, and how the plan says it.
+
+    `weighted_ce` has class weights. `auto` on a multilabel task weights the positives of each
+    label when one of them has more than 3 negatives to a positive; a chosen `bce` is plain.
+
+    Args:
+        loss: as in the config, or resolved.
+        task: of the data set.
+        counts: training images per class (positives per label).
+        images: training images.
+    """
+    tally = np.asarray(counts)
+    if loss == "weighted_ce":
+        return torch.from_numpy(class_weights(tally)), ""
+    if loss == "auto" and task == "multilabel":
+        weights = positive_weights(tally, images)
+        if weights.max() > IMBALANCE:
+            low, high = weights.min(), weights.max()
+            return torch.from_numpy(weights), f", positives weighted {low:.2g} to {high:.3g}"
+    return None, ""
+
+
 def loss_per_image(
     logits: Tensor,
     labels: Tensor,
@@ -105,12 +130,16 @@ def loss_per_image(
         loss: one of `LOSSES`. `focal` is Lin et al. 2017, eq. 4: `(1 - p_t)^gamma` times the cross
             entropy; with labels `[b, c]` it is taken per class over sigmoids and averaged.
         weights: class weights `[c]` for `weighted_ce`; the weight of the true class multiplies.
+            For `bce` weights of the positives `[c]`, or None.
         gamma: focusing exponent of `focal`.
         smoothing: label smoothing of `ce` and `weighted_ce`, in [0, 1).
     """
     logits = logits.float()
     if labels.ndim == 2:
-        bce = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        positive = weights.to(logits) if weights is not None and loss == "bce" else None
+        bce = F.binary_cross_entropy_with_logits(
+            logits, labels.float(), reduction="none", pos_weight=positive
+        )
         if loss == "focal":
             bce = (1 - torch.exp(-bce)).pow(gamma) * bce
         return bce.mean(dim=1)

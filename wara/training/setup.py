@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from wara.adapters import adapt, base_hash, count_parameters, method_from_option
 from wara.adapters.inject import record_of
 from wara.backbones import NANO, BackboneInfo, build_backbone
 from wara.config import RunConfig
-from wara.data import class_weights, gate, sources
+from wara.data import gate, sources
 from wara.data.datamodule import ImageDataModule
 from wara.errors import WaraError
 from wara.images import ImageSpec
@@ -144,9 +143,10 @@ def prepare(config: RunConfig, *, out: Path, report_dir: Path | None) -> Prepare
     patients = [record.patient for record in images.records]
     table = SplitTable.of(labels, patients, splits, card.class_names)
     loss, why = losses.resolve_loss(config.loss, card.task, table.counts["train"])
-    weights = None
-    if loss == "weighted_ce":
-        weights = torch.from_numpy(class_weights(np.array(table.counts["train"])))
+    weights, weighted = losses.loss_weights(
+        "auto" if config.loss == "auto" and loss == "bce" else loss,
+        card.task, table.counts["train"], table.images["train"],
+    )  # fmt: skip
     rows = [
         (record.file, _label(record.label), record.patient, split, images.sha256(i))
         for i, (record, split) in enumerate(zip(images.records, splits, strict=True))
@@ -164,7 +164,7 @@ def prepare(config: RunConfig, *, out: Path, report_dir: Path | None) -> Prepare
         counts=count_parameters(model),
         device=device + (f", {config.devices} processes" if config.devices > 1 else ""),
         precision=precision_text,
-        loss=f"{loss} ({why})",
+        loss=f"{loss}{weighted} ({why})",
         schedule=(
             f"{config.epochs} epochs, batch {config.batch_size}"
             + (f" x {config.accumulate}" if config.accumulate > 1 else "")
