@@ -22,7 +22,9 @@ GRIDS = [(14, 14), (7, 7), (9, 14), (16, 5), (37, 13)]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("wavelet", "level"), [("haar", 1), ("haar", 2), ("db2", 1), ("bior2.2", 1)])
+@pytest.mark.parametrize(
+    ("wavelet", "level"), [("haar", 1), ("haar", 2), ("db2", 1), ("bior2.2", 1)]
+)
 def test_projections_sum_to_the_identity(grid: tuple[int, int], wavelet: str, level: int) -> None:
     if level > pywt.dwt_max_level(min(grid), pywt.Wavelet(wavelet).dec_len):
         pytest.skip("grid too small for this level")
