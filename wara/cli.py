@@ -263,8 +263,7 @@ def _method_rows() -> Iterable[Sequence[str]]:
         options = ", ".join(
             f"{field.name}={_default(field)}" for field in dataclasses.fields(method) if field.init
         )
-        summary = (method.__doc__ or "").strip().split("\n", 1)[0]
-        yield name, summary
+        yield name, method.summary
         if options:
             yield "", f"  {options}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def find_targets(model: nn.Module, targets: Sequence[str], blocks: Blocks = "all
         )
     for name, ranges in found.items():
         ordered = sorted(ranges.values())
-        if any(a[1] > b[0] for a, b in zip(ordered, ordered[1:], strict=False)):
+        if any(one[1] > two[0] for one, two in itertools.pairwise(ordered)):
             what = f"the targets {', '.join(ranges)} adapt the same rows twice"
             raise WaraError("config", what, name, "name each part of the layer once")
     return [

@@ -7,35 +7,19 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wara.backbones import reachable
 from wara.cards import list_cards
 from wara.errors import WaraError
 
 Row = dict[str, float | None]
-_REACH_SECONDS = 3.0
 LOCAL = "local"
-
-
-def reachable(url: str, seconds: float = _REACH_SECONDS) -> bool:
-    """Whether the host of `url` answers within `seconds`.
-
-    wandb itself waits a hundred seconds before it gives up.
-    """
-    address = urlparse(url)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        with socket.create_connection((address.hostname or "", port), timeout=seconds):
-            return True
-    except OSError:
-        return False
 
 
 def public_name(dataset: str, card: str | None = None) -> str:
