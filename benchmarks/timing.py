@@ -45,4 +45,4 @@ def interleave(
 def ratio(of: np.ndarray, to: np.ndarray) -> dict[str, float]:
     """Return median and the middle 80 % of the round-by-round ratio of two candidates."""
     low, middle, high = np.quantile(of / to, [0.1, 0.5, 0.9])
-    return {"median": round(middle, 3), "p10": round(low, 3), "p90": round(high, 3)}
+    return {k: round(float(v), 3) for k, v in (("median", middle), ("p10", low), ("p90", high))}

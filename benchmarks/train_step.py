@@ -227,14 +227,14 @@ def verdicts(times: dict[str, np.ndarray], peaks: dict[str, float]) -> list[dict
     for label, top, bottom, bound, at_most in WANTED:
         if top in times and bottom in times:
             got = ratio(times[top], times[bottom])
-            reached = got["median"] <= bound if at_most else got["median"] >= bound
+            reached = bool(got["median"] <= bound if at_most else got["median"] >= bound)
             found.append({"wanted": label, "got": got, "reached": reached})
     if "lora (PEFT)" in peaks:
         for name in ("lora", "wara", "tiny_wara", "waveft", "shira"):
             if name in peaks:
                 got = round(peaks[name] / peaks["lora (PEFT)"], 3)
                 label = f"peak memory of {name} no higher than PEFT's LoRA"
-                found.append({"wanted": label, "got": got, "reached": got <= 1.0})
+                found.append({"wanted": label, "got": got, "reached": bool(got <= 1.0)})
     return found
 
 
