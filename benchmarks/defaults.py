@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import wara
 from wara.adapters import method_from_options, parameter_groups
+from wara.adapters.inject import record_of
 from wara.backbones import build_backbone
 from wara.images import ImageSpec, load_tensor
 
@@ -91,15 +92,16 @@ class Upper(nn.Module):
         return self.model.forward_head(self.model.norm(self.model.blocks(x)))
 
 
-def train(upper: Upper, tokens: Tensor, labels: Tensor, option: dict[str, Any], args: Any) -> float:
-    """Fine-tune in place; return the mean loss of the last epoch."""
+def train(
+    upper: Upper, tokens: Tensor, labels: Tensor, *, lr: float, lr_core: float, args: Any
+) -> float:
+    """Fine-tune in place as a run does; return the mean loss of the last epoch."""
     groups = parameter_groups(upper.model)
-    lr = LR * option.get("lr", 1)
-    core = LR * option.get("lr_core", 1)
+    method = record_of(upper.model).method
     optimiser = torch.optim.AdamW(
         [
             {"params": groups["adapter"], "lr": lr, "weight_decay": 0.01},
-            {"params": groups["core"], "lr": core, "weight_decay": 0.0},
+            {"params": groups["core"], "lr": lr_core, "weight_decay": 0.0},
             {"params": groups["head"], "lr": LR, "weight_decay": 0.01},
         ]
     )
@@ -115,19 +117,32 @@ def train(upper: Upper, tokens: Tensor, labels: Tensor, option: dict[str, Any], 
     )
     parameters = [p for group in groups.values() for p in group]
     losses: list[float] = []
+    done = 0
     for _ in range(args.epochs):
         losses = []
         for batch in torch.randperm(len(tokens)).split(args.batch):
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 logits = upper(tokens[batch]).float()
             loss = nn.functional.cross_entropy(logits, labels[batch])
+            penalty = method.penalty(upper.model)
             optimiser.zero_grad()
-            loss.backward()
+            (loss if penalty is None else loss + penalty).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
+            done += 1
+            method.on_step(upper.model, done, steps)
             schedule.step()
             losses.append(loss.item())
     return float(np.mean(losses))
+
+
+@torch.no_grad()
+def auc_macro(upper: Upper, tokens: Tensor, labels: np.ndarray) -> float:
+    """Return the macro AUROC on the given tokens."""
+    upper.eval()
+    logits = torch.cat([upper(part) for part in tokens.split(64)])
+    probabilities = logits.double().softmax(1).numpy()
+    return float(roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"))
 
 
 def core_spread(model: nn.Module) -> float | None:
@@ -177,17 +192,19 @@ def main() -> None:
             upper.train()
             torch.manual_seed(seed)
             start = time.perf_counter()
-            loss = train(upper, tokens[chosen], torch.from_numpy(labels[chosen]), option, args)
+            loss = train(
+                upper,
+                tokens[chosen],
+                torch.from_numpy(labels[chosen]),
+                lr=LR * option.get("lr", 1),
+                lr_core=LR * option.get("lr_core", 1),
+                args=args,
+            )
             seconds = time.perf_counter() - start
-            upper.eval()
-            with torch.no_grad():
-                logits = torch.cat([upper(part) for part in tokens[test].split(64)])
-            probabilities = logits.softmax(1).double().numpy()
-            probabilities /= probabilities.sum(1, keepdims=True)
-            auc = roc_auc_score(labels[test], probabilities, multi_class="ovr", average="macro")
+            auc = auc_macro(upper, tokens[test], labels[test])
             row = {
                 **key,
-                "auc_macro": round(float(auc), 5),
+                "auc_macro": round(auc, 5),
                 "train_loss": round(loss, 5),
                 "core_rms": core_spread(upper.model),
                 "n_train": len(chosen),

@@ -4,7 +4,8 @@
 
 One process per method, so that each has a peak memory of its own. The processes wait for their
 turn: in every round each takes a few steps, in a new order, so that a drifting machine treats all
-alike. A step is forward, cross-entropy, backward, AdamW, zero_grad. Reported are the ratios of a
+alike. So that they fit in memory, candidates run in groups, each with our LoRA and the floor in it.
+A step is forward, cross-entropy, backward, AdamW, zero_grad. Reported are the ratios of a
 method to our LoRA and to the floor (a frozen trunk with a gradient for its input) within a round:
 median and the middle 80 %. Peak memory is what steps add to a process at rest with its model (CPU),
 or what the device holds at the most (GPU). On a CPU this takes ViT-S/16 at 224 px; with a GPU,
@@ -53,7 +54,14 @@ OURS: dict[str, dict[str, Any]] = {
     "ln_tuning": {"method": "ln_tuning"},
     "full": {"method": "full"},
 }
-METHODS = ["floor", *OURS, "wara step by step", "lora (PEFT)", "waveft (PEFT)", "shira (PEFT)"]
+# What is measured at the same time; those that are compared with each other are in one group.
+ALWAYS = ["floor", "lora"]
+GROUPS = [
+    ["lora (PEFT)", "wara", "tiny_wara", "waveft", "waveft (PEFT)", "shira", "shira (PEFT)"],
+    ["linear_probe", "bitfit", "ln_tuning", "full", "wara step by step"],
+    ["vera", "adalora", "loha", "lokr", "fourierft", "dora"],
+]
+METHODS = [*ALWAYS, *(name for group in GROUPS for name in group)]
 # What is wanted: label, numerator, denominator, bound, and whether the bound is an upper one.
 WANTED = [
     ("WaRA at most 1.05 x our LoRA", "wara", "lora", 1.05, True),
@@ -144,7 +152,7 @@ def work(pipe: Connection, name: str, args: argparse.Namespace, size: int | None
     optimiser = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=args.amp == "bf16"):
             logits = model(x)
         nn.functional.cross_entropy(logits.float(), labels).backward()
         if optimiser is None:
@@ -180,10 +188,24 @@ def resident_mb() -> float:
 
 
 def measure(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
-    """Run all candidates in rounds and return the figures."""
+    """Run all candidates, group by group, and return the figures."""
+    result: dict[str, Any] = {"rows": {}, "wanted": []}
+    for group in GROUPS:
+        chosen = [name for name in group if name in args.methods]
+        if chosen:
+            found = measure_group([*ALWAYS, *chosen], args, size)
+            # LoRA and the floor keep the figures of the first group.
+            result["rows"] = {**found["rows"], **result["rows"]}
+            result["wanted"] += found["wanted"]
+    order = [name for name in METHODS if name in result["rows"]]
+    return {**result, "rows": {name: result["rows"][name] for name in order}}
+
+
+def measure_group(group: list[str], args: argparse.Namespace, size: int | None) -> dict[str, Any]:
+    """Run the candidates of a group in rounds and return the figures."""
     context = multiprocessing.get_context("spawn")
     pipes, workers, counts = {}, {}, {}
-    for name in args.methods:
+    for name in group:
         here, there = context.Pipe()
         worker = context.Process(target=work, args=(there, name, args, size), daemon=True)
         worker.start()
@@ -192,7 +214,7 @@ def measure(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
         counts[name] = here.recv()["trainable"]
         pipes[name], workers[name] = here, worker
         print(f"ready: {name}, {counts[name]:,} trainable", flush=True)
-    order, names = random.Random(0), list(args.methods)
+    order, names = random.Random(0), list(group)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds):
         order.shuffle(names)
@@ -200,25 +222,21 @@ def measure(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
             pipes[name].send(True)
             seconds[name].append(pipes[name].recv())
     peaks = {}
-    for name in args.methods:
+    for name in group:
         pipes[name].send(False)
         peaks[name] = pipes[name].recv()
         workers[name].join()
     times = {name: np.array(values) for name, values in seconds.items()}
     rows = {}
-    for name in args.methods:
+    for name in group:
         rows[name] = {
             "trainable": counts[name],
             "seconds": round(float(np.median(times[name])), 4),
-            "time / lora": _against(times, name, "lora"),
-            "time / floor": _against(times, name, "floor"),
+            "time / lora": ratio(times[name], times["lora"]),
+            "time / floor": ratio(times[name], times["floor"]),
             "peak_mb": round(peaks[name], 1),
         }
     return {"rows": rows, "wanted": verdicts(times, peaks)}
-
-
-def _against(times: dict[str, np.ndarray], name: str, other: str) -> dict[str, float] | None:
-    return ratio(times[name], times[other]) if other in times else None
 
 
 def verdicts(times: dict[str, np.ndarray], peaks: dict[str, float]) -> list[dict[str, Any]]:
@@ -241,8 +259,8 @@ def verdicts(times: dict[str, np.ndarray], peaks: dict[str, float]) -> list[dict
 def table(result: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
 
-    def spread(cell: dict[str, float] | None) -> str:
-        return f"{cell['median']:.2f} ({cell['p10']:.2f} to {cell['p90']:.2f})" if cell else ""
+    def spread(cell: dict[str, float]) -> str:
+        return f"{cell['median']:.2f} ({cell['p10']:.2f} to {cell['p90']:.2f})"
 
     lines = [
         "| method | trainable | ms per step | time / our LoRA | time / floor | peak MB |",
@@ -270,10 +288,11 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512] if gpu else [224])
     parser.add_argument("--batch", type=int, default=64 if gpu else 8)
+    parser.add_argument("--amp", default="bf16" if gpu else "off", choices=["bf16", "off"])
     parser.add_argument("--steps", type=int, default=5 if gpu else 1, help="steps per turn")
     parser.add_argument("--rounds", type=int, default=30 if gpu else 12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS[2:], choices=METHODS[2:])
     args = parser.parse_args()
     results: dict[str, Any] = {
         "setting": {**{k: v for k, v in vars(args).items() if k != "out"}, "gpu": gpu},

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import learning_rates
+import methods_table
 import timing
 import train_step
+
+from wara.adapters import METHODS
+from wara.config import RunConfig
 
 
 def test_a_ratio_is_taken_within_the_round() -> None:
@@ -47,3 +52,35 @@ def test_verdicts_can_be_written() -> None:
     reached = {row["wanted"]: row["reached"] for row in found}
     assert reached["WaRA at most 1.05 x our LoRA"] and len(found) == 9
     assert not reached["PEFT's WaveFT at least 1.5 x ours"]
+
+
+def test_candidates_that_are_compared_run_in_one_group() -> None:
+    groups = [{*train_step.ALWAYS, *group} for group in train_step.GROUPS]
+    assert set(METHODS) <= set(train_step.METHODS)
+    for _, top, bottom, _, _ in train_step.WANTED:
+        assert any({top, bottom} <= group for group in groups)
+
+
+def test_every_method_has_rates_to_choose_from() -> None:
+    assert set(learning_rates.RATES) == set(METHODS)
+    for name, rates in learning_rates.RATES.items():
+        own = RunConfig().lr_core if name == "tiny_wara" else METHODS[name].lr
+        assert name == "linear_probe" or min(rates) <= own <= max(rates)
+
+
+def test_the_table_of_methods_shows_runs_as_they_are() -> None:
+    def run(method: str, seed: int, auc: float | None) -> dict[str, object]:
+        value = {"value": auc, "low": 0.5, "high": 0.9, "n": 9, "reason": None}
+        metrics = dict.fromkeys(methods_table.METRICS, value)
+        return {"method": method, "seed": seed, "adapter_params": 1234, "lr": 2e-3, **metrics}
+
+    spread = {"median": 1.05, "p10": 1.0, "p90": 1.1}
+    cost = {"wara": {"time / lora": spread, "seconds": 0.25, "peak_mb": 99.6}}
+    rows = [run("wara", 0, 0.7), run("wara", 1, 0.8), run("lora", 0, 0.75), run("shira", 0, None)]
+    lines = methods_table.table(rows, cost).splitlines()
+    cells = {line.split("|")[1].strip(" `"): line.split("|")[2:-1] for line in lines[2:]}
+    assert [cell.strip() for cell in cells["wara"]] == [
+        "1,234", "0.002", *["0.750 (0.700 to 0.800)"] * 3, "250", "1.05 (1.00 to 1.10)", "100",
+    ]  # fmt: skip
+    assert cells["lora"][2].strip() == "0.750 [0.500, 0.900]" and not cells["lora"][-1].strip()
+    assert cells["shira"][2].strip() == "null" and "vera" not in cells

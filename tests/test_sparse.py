@@ -147,9 +147,9 @@ def test_the_way_follows_from_the_size():
 
 
 def test_chunks_of_tokens_add_up():
-    adapted = layer((224, 224), "haar", k=40)
+    adapted = layer((384, 384), "haar", k=40)
     assert adapted.adapter.form.sampled(torch.device("cpu"))
-    x, g = torch.randn(600, 224), torch.randn(600, 224)
+    x, g = torch.randn(600, 384), torch.randn(600, 384)
     adapted(x).backward(g)
     whole = adapted.adapter.coefficients.grad.clone()
     adapted.adapter.coefficients.grad = None

@@ -138,17 +138,21 @@ def test_a_run_refuses_options_without_effect_all_at_once(tmp_path: Path, folder
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("method", "lr", "told"),
-    [("full", 2e-3, True), ("full", 1e-4, False), ("bitfit", 2e-3, True), ("wara", 2e-3, False)],
-)
-def test_a_rate_for_adapters_is_told_where_the_base_trains(
-    tmp_path: Path, folder: Path, method: str, lr: float, told: bool,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    config = tiny_config(folder, out=str(tmp_path / "run"), adapter={"method": method}, lr=lr)
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_learning_rate_is_the_methods_unless_one_is_set(
+    tmp_path: Path, folder: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if method in ("vera", "adalora", "loha", "lokr", "fourierft", "dora"):
+        pytest.importorskip("peft")
+    options = {"rank": 1, "init_rank": 2} if method == "adalora" else {}
+    config = tiny_config(
+        folder, out=str(tmp_path / "run"), adapter={"method": method, **options}, lr=None
+    )
+    own = METHODS[method].lr
+    assert resolve(config).lr == own
     run(config, dry_run=True)
-    assert ("--set lr=1e-4" in capsys.readouterr().out) == told
+    assert f", lr {own:g}, " in capsys.readouterr().out
+    assert resolve(config.model_copy(update={"lr": 0.0})).lr == 0.0
 
 
 # -- schedule and randomness ------------------------------------------------------------------
@@ -338,7 +342,7 @@ def test_a_resolved_config_holds_every_option_and_loads_again(
     full = resolve(plain)
     assert set(full.adapter.options) == {f.name for f in dataclasses.fields(METHODS[method])}
     assert options.items() <= full.adapter.options.items()
-    assert full.model_copy(update={"adapter": plain.adapter}) == plain
+    assert full.model_copy(update={"adapter": plain.adapter, "lr": None}) == plain
     (tmp_path / "config.yaml").write_text(dump_config(full))
     again = load_config(tmp_path / "config.yaml")
     assert again == full == resolve(full)

@@ -14,6 +14,7 @@ from wara.wavelets import (
     SubbandMixer,
     check_level,
     check_wavelet,
+    grid_transform,
     subband_names,
     subband_projections,
 )
@@ -100,11 +101,14 @@ def test_gradients_of_the_mixer() -> None:
 
 def test_changing_the_dtype_never_rounds_the_transform() -> None:
     mixer = SubbandMixer((9, 14), "db2", 1)
-    exact = subband_projections((9, 14), "db2", 1)
-    assert mixer.projections.dtype == torch.float32
-    assert torch.equal(mixer.double().projections, exact)
-    assert torch.equal(mixer.to(torch.bfloat16).projections, exact.float())
-    assert torch.equal(copy.deepcopy(mixer).projections, exact.float())
+    exact = grid_transform((9, 14), "db2", 1)
+    for name in ("analysis", "synthesis"):
+        matrix = getattr(exact, name)
+        assert matrix.dtype == torch.float64
+        assert torch.equal(getattr(mixer.float(), name), matrix.float())
+        assert torch.equal(getattr(mixer.double(), name), matrix)
+        assert torch.equal(getattr(mixer.to(torch.bfloat16), name), matrix.float())
+        assert torch.equal(getattr(copy.deepcopy(mixer), name), matrix.float())
     assert not mixer.state_dict()
 
 

@@ -264,8 +264,7 @@ def _method_rows() -> Iterable[Sequence[str]]:
             f"{field.name}={_default(field)}" for field in dataclasses.fields(method) if field.init
         )
         yield name, method.summary
-        if options:
-            yield "", f"  {options}"
+        yield "", f"  lr {method.lr:g}" + (f"; {options}" if options else "")
 
 
 def _default(field: Any) -> str:

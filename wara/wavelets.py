@@ -1,16 +1,19 @@
 """Fixed wavelet transforms of the token grid, ready to be applied in rank space, and of weights.
 
 WaRA (arXiv 2506.24092 v2) transforms the patch tokens of a layer over their `h × w` grid. The
-transform is linear and fixed, so the way through one subband and back, `P_s = IDWT ∘ mask_s ∘ DWT`,
-is one `[n, n]` matrix. It acts on tokens while the low-rank factors act on channels; the two
-commute, so the matrices can be applied to `r` numbers per token in place of the layer's width.
+transform is linear and fixed, so there and back are two matrices. They act on tokens while the
+low-rank factors act on channels; the two commute, so the transform can be applied to `r` numbers
+per token in place of the layer's width. The way through one subband, `P_s = IDWT ∘ mask_s ∘ DWT`,
+is `[n, n]`, and `Σ_s P_s = I`.
 
 WaveFT (arXiv 2505.12532) transforms a weight matrix itself, by one level: `dwt2` and `idwt2`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
 
@@ -85,14 +88,28 @@ def check_level(grid: tuple[int, int], wavelet: str, level: int) -> None:
     raise WaraError("config", f"wavelet level {level} does not fit the token grid", where, remedy)
 
 
-@lru_cache(maxsize=4)
-def subband_projections(
-    grid: tuple[int, int], wavelet: str = "haar", level: int = 1, boundary: str = "symmetric"
-) -> Tensor:
-    """Return the matrices `P_s` that keep one subband of an image on the grid.
+@dataclass(frozen=True)
+class GridTransform:
+    """A wavelet transform of the token grid as matrices; tokens in row-major order.
 
-    `P_s = IDWT ∘ mask_s ∘ DWT`, cropped to the grid (WaRA, steps 1 and 3), found by sending the
-    `n = h w` unit images through `ptwt`. They sum to the identity.
+    Args:
+        analysis: DWT, `[m, n]` for `n = h w` tokens and `m` coefficients, the subbands one after
+            the other in the order of `subband_names`. Grids that a level does not halve evenly
+            are extended, so `m >= n`.
+        synthesis: IDWT, cropped to the grid, `[n, m]`.
+        sizes: coefficients of each subband.
+    """
+
+    analysis: Tensor
+    synthesis: Tensor
+    sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=4)
+def grid_transform(
+    grid: tuple[int, int], wavelet: str = "haar", level: int = 1, boundary: str = "symmetric"
+) -> GridTransform:
+    """Return the transform of a grid, found by sending unit images through `ptwt` and back.
 
     Args:
         grid: `(h, w)`, any sizes of at least the filter length.
@@ -101,8 +118,7 @@ def subband_projections(
         boundary: how the transform extends the grid, one of `BOUNDARIES`.
 
     Returns:
-        float64 `[s, n, n]` with `s = 3 level + 1`, subbands in the order of `subband_names`,
-        tokens in row-major order. The tensor is shared by all callers: do not write to it.
+        Its matrices in float64, shared by all callers: do not write to them.
 
     Raises:
         WaraError: kind `config` for an unknown wavelet or boundary, or a level that does not fit.
@@ -112,27 +128,48 @@ def subband_projections(
         remedy = suggest(boundary, BOUNDARIES)
         raise WaraError("config", f"unknown boundary '{boundary}'", "adapter.boundary", remedy)
     h, w = grid
-    n = h * w
-    units = torch.eye(n, dtype=torch.float64).reshape(n, h, w)
+    units = torch.eye(h * w, dtype=torch.float64).reshape(-1, h, w)
     mode = cast(BoundaryMode, boundary)
     coefficients = ptwt.wavedec2(units, wavelet, mode=mode, level=level)
     bands = [coefficients[0], *(band for detail in coefficients[1:] for band in detail)]
-    projections = []
-    for kept in range(len(bands)):
-        masked = [band if s == kept else torch.zeros_like(band) for s, band in enumerate(bands)]
-        details = [
-            ptwt.constants.WaveletDetailTuple2d(*masked[i : i + 3])
-            for i in range(1, len(masked), 3)
-        ]
-        image = ptwt.waverec2((masked[0], *details), wavelet)[..., :h, :w]
-        # Row t of `image` answers to unit token t, so the matrix that acts on tokens is its
-        # transpose.
-        projections.append(image.reshape(n, n).T)
-    return torch.stack(projections)
+    shapes = [band.shape[1:] for band in bands]
+    sizes = tuple(math.prod(shape) for shape in shapes)
+    # Column t is the answer to unit token t.
+    analysis = torch.cat([band.flatten(1) for band in bands], 1).T.contiguous()
+    ones = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, 1)
+    bands = [part.reshape(-1, *shape) for part, shape in zip(ones, shapes, strict=True)]
+    details = [
+        ptwt.constants.WaveletDetailTuple2d(*bands[i : i + 3]) for i in range(1, len(bands), 3)
+    ]
+    images = ptwt.waverec2((bands[0], *details), wavelet)[..., :h, :w]
+    return GridTransform(analysis, images.flatten(1).T.contiguous(), sizes)
+
+
+def subband_projections(
+    grid: tuple[int, int], wavelet: str = "haar", level: int = 1, boundary: str = "symmetric"
+) -> Tensor:
+    """Return the matrices `P_s` that keep one subband of an image on the grid.
+
+    `P_s = IDWT ∘ mask_s ∘ DWT`, cropped to the grid (WaRA, steps 1 and 3). They sum to the
+    identity. Arguments and errors are those of `grid_transform`.
+
+    Returns:
+        float64 `[s, n, n]` with `s = 3 level + 1`, subbands in the order of `subband_names`.
+    """
+    transform = grid_transform(grid, wavelet, level, boundary)
+    pairs = zip(
+        transform.synthesis.split(transform.sizes, 1),
+        transform.analysis.split(transform.sizes),
+        strict=True,
+    )
+    return torch.stack([back @ there for back, there in pairs])
 
 
 class SubbandMixer(nn.Module):
     """Updates the subbands of rank-space tokens: `mix(z) = Σ_s P_s z K_sᵀ`.
+
+    It transforms, updates each subband by its core, and transforms back: `2 n m` multiply-adds per
+    channel, whatever the number of subbands, where the sum over `P_s` takes `s n²`.
 
     One instance serves all layers of a model, so that the matrices are held once.
 
@@ -143,10 +180,12 @@ class SubbandMixer(nn.Module):
         boundary: extension at the border of the grid.
 
     Raises:
-        WaraError: kind `config`, see `subband_projections`.
+        WaraError: kind `config`, see `grid_transform`.
     """
 
-    projections: Tensor
+    analysis: Tensor
+    synthesis: Tensor
+    subband: Tensor
 
     def __init__(
         self,
@@ -159,20 +198,27 @@ class SubbandMixer(nn.Module):
         self.grid = (int(grid[0]), int(grid[1]))
         self.names = subband_names(level)
         self.wavelet, self.level, self.boundary = wavelet, level, boundary
-        # Not persistent: it follows from the configuration, and the adapter file stays small.
-        self.register_buffer("projections", self._matrices(torch.float32), persistent=False)
+        self.sizes = self.exact().sizes
+        # Not persistent: they follow from the configuration, and the adapter file stays small.
+        for name in ("analysis", "synthesis"):
+            matrix = getattr(self.exact(), name).float()
+            self.register_buffer(name, matrix, persistent=False)
+        subband = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        self.register_buffer("subband", subband, persistent=False)
 
-    def _matrices(self, dtype: torch.dtype) -> Tensor:
-        return subband_projections(self.grid, self.wavelet, self.level, self.boundary).to(dtype)
+    def exact(self) -> GridTransform:
+        """Return the transform in float64."""
+        return grid_transform(self.grid, self.wavelet, self.level, self.boundary)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubbandMixer:
         # `model.to(bfloat16)` must not round the transform, and `model.double()` must sharpen it.
-        before = self.projections.dtype
+        before = self.analysis.dtype
         super()._apply(fn, recurse)
-        held = self.projections
-        wanted = torch.promote_types(held.dtype, torch.float32)
-        if held.dtype != before and held.device.type != "meta":
-            self.projections = self._matrices(wanted).to(held.device)
+        for name in ("analysis", "synthesis"):
+            held = getattr(self, name)
+            if held.dtype != before and held.device.type != "meta":
+                wanted = torch.promote_types(held.dtype, torch.float32)
+                setattr(self, name, getattr(self.exact(), name).to(held.device, wanted))
         return self
 
     @property
@@ -192,17 +238,18 @@ class SubbandMixer(nn.Module):
             `[b, n, g, r]` in the dtype of the transform, float32 or float64, also under autocast.
         """
         b, n, g, r = z.shape
-        s = len(self.names)
+        dtype = self.analysis.dtype
         with torch.autocast(z.device.type, enabled=False):
-            z, core = z.to(self.projections.dtype), core.to(self.projections.dtype)
+            core = core.to(dtype)
+            # Tokens and channels of all groups as one matrix per image, transformed in one product.
+            bands = (self.analysis @ z.to(dtype).reshape(b, n, g * r)).reshape(b, -1, g, r)
             if core.ndim == 4:
-                updated = torch.einsum("bngj,gsij->bsngi", z, core)
+                parts = zip(bands.split(self.sizes, 1), core.unbind(1), strict=True)
+                bands = torch.cat([torch.einsum("bmgj,gij->bmgi", *part) for part in parts], 1)
             else:
                 gains = core.unsqueeze(-1) if core.ndim == 2 else core
-                updated = z.unsqueeze(1) * gains.transpose(0, 1).unsqueeze(1)
-            # Σ_s P_s (·)_s as one product with [P_0 … P_S] laid side by side.
-            side_by_side = self.projections.transpose(0, 1).reshape(n, s * n)
-            return (side_by_side @ updated.reshape(b, s * n, g * r)).reshape(b, n, g, r)
+                bands = bands * gains.transpose(0, 1).index_select(0, self.subband)
+            return (self.synthesis @ bands.reshape(b, -1, g * r)).reshape(b, n, g, r)
 
 
 # Weight matrices: one level, zero extension, the four quadrants in one matrix.
@@ -335,9 +382,7 @@ def dwt2(matrix: Tensor, wavelet: str = "haar") -> Tensor:
     return _swap_details(synthesis_adjoint(synthesis_adjoint(matrix, bank, 0), bank, 1))
 
 
-def idwt2(
-    quadrants: Tensor, wavelet: str = "haar", shape: tuple[int, int] | None = None
-) -> Tensor:
+def idwt2(quadrants: Tensor, wavelet: str = "haar", shape: tuple[int, int] | None = None) -> Tensor:
     """Invert `dwt2`: `IDWT2` of WaveFT (arXiv 2505.12532).
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from wara.adapters.base import AdaptedLinear, LowRankLayer
 from wara.adapters.targets import adapted_layers
 from wara.adapters.wara import SubbandLayer
+from wara.wavelets import subband_projections
 
 
 def _group_names(name: str, layer: AdaptedLinear) -> list[str]:
@@ -71,7 +72,9 @@ def _energies(adapter: SubbandLayer, x: Tensor) -> Tensor:
     """Return `[g, s]` energies of a layer's update for patch tokens `[b, n, d]`."""
     b, n, _ = x.shape
     z = (x @ adapter.down.float().T).reshape(b, n, adapter.groups, adapter.rank)
-    bands = torch.einsum("snm,bmgj->bsngj", adapter.mixer.projections.float(), z)
+    mixer = adapter.mixer
+    projections = subband_projections(mixer.grid, mixer.wavelet, mixer.level, mixer.boundary)
+    bands = torch.einsum("snm,bmgj->bsngj", projections.to(z), z)
     updated = torch.einsum("bsngj,gsij->bsngi", bands, adapter.full_cores().float())
     ups = adapter.up.float().split(adapter.sizes)
     # ‖u Bᵀ‖² = u BᵀB uᵀ, so the width never appears.

@@ -204,6 +204,8 @@ class Method:
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    lr: ClassVar[float] = 2e-3
+    """Peak learning rate of AdamW that suits it, see docs/methods.md."""
     mergeable: ClassVar[bool] = True
     """Whether a trained model can always be merged into a plain one."""
     reversible: ClassVar[bool] = False

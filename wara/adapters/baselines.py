@@ -94,6 +94,7 @@ class DoRA(PeftMethod):
 
     name: ClassVar[str] = "dora"
     summary: ClassVar[str] = "low-rank update of the direction of the weight, and its magnitude"
+    lr: ClassVar[float] = 6e-3
     draws: ClassVar[bool] = True
 
     rank: int = 4
@@ -146,6 +147,7 @@ class AdaLoRA(PeftMethod):
 
     name: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "low-rank update whose ranks move to the layers that need them"
+    lr: ClassVar[float] = 2e-2
     draws: ClassVar[bool] = True
 
     rank: int = 4
@@ -272,6 +274,7 @@ class VeRA(PeftMethod):
 
     name: ClassVar[str] = "vera"
     summary: ClassVar[str] = "two scaling vectors per layer around shared random matrices"
+    lr: ClassVar[float] = 1.5e-2
     draws: ClassVar[bool] = True
 
     rank: int = 256
@@ -307,6 +310,7 @@ class LoHa(PeftMethod):
 
     name: ClassVar[str] = "loha"
     summary: ClassVar[str] = "entrywise product of two low-rank updates"
+    lr: ClassVar[float] = 6e-3
 
     rank: int = 4
     alpha: float | None = None
@@ -335,6 +339,7 @@ class LoKr(PeftMethod):
 
     name: ClassVar[str] = "lokr"
     summary: ClassVar[str] = "Kronecker product of a small and a low-rank matrix"
+    lr: ClassVar[float] = 2e-2
 
     rank: int = 4
     alpha: float | None = None
@@ -373,6 +378,7 @@ class FourierFT(PeftMethod):
 
     name: ClassVar[str] = "fourierft"
     summary: ClassVar[str] = "a few Fourier coefficients of the weight update"
+    lr: ClassVar[float] = 5e-2
 
     n_frequency: int = 1000
     scaling: float = 150.0
@@ -419,6 +425,7 @@ class BitFit(Method):
 
     name: ClassVar[str] = "bitfit"
     summary: ClassVar[str] = "every bias of the base trains"
+    lr: ClassVar[float] = 6e-3
     reversible: ClassVar[bool] = True
 
     def trains(self, name: str, owner: nn.Module) -> bool:
@@ -433,6 +440,7 @@ class LNTuning(Method):
 
     name: ClassVar[str] = "ln_tuning"
     summary: ClassVar[str] = "scale and shift of every layer normalisation train"
+    lr: ClassVar[float] = 2e-2
     reversible: ClassVar[bool] = True
 
     def trains(self, name: str, owner: nn.Module) -> bool:

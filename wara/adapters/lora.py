@@ -81,6 +81,7 @@ class LoRA(TargetedMethod):
 
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "low-rank update of the weight; every token gets the same one"
+    lr: ClassVar[float] = 6e-3
 
     rank: int = 4
     alpha: float | None = None

@@ -272,6 +272,7 @@ class WaveFT(SparseMethod):
 
     name: ClassVar[str] = "waveft"
     summary: ClassVar[str] = "a few wavelet coefficients of each weight train"
+    lr: ClassVar[float] = 2e-3
 
     wavelet: str = "haar"
     scale: float = 25.0
@@ -293,3 +294,4 @@ class SHiRA(SparseMethod):
 
     name: ClassVar[str] = "shira"
     summary: ClassVar[str] = "a few entries of each weight train"
+    lr: ClassVar[float] = 5e-2

@@ -312,6 +312,7 @@ class WaRA(SubbandMethod):
 
     name: ClassVar[str] = "wara"
     summary: ClassVar[str] = "low-rank update of the wavelet subbands of the token grid"
+    lr: ClassVar[float] = 6e-3
 
     core: str = "diag"
     dropout: float = 0.0

@@ -110,7 +110,9 @@ class RunConfig(_Section):
     epochs: int = Field(12, ge=1, description="Passes over the training images.")
     batch_size: int = Field(32, ge=1, description="Images per batch, over all devices together.")
     accumulate: int = Field(1, ge=1, description="Batches per optimiser step.")
-    lr: float = Field(2e-3, ge=0, description="Peak learning rate of the adapter.")
+    lr: float | None = Field(
+        None, ge=0, description="Peak learning rate of the adapter; null: what suits the method."
+    )
     lr_core: float = Field(5e-2, ge=0, description="Peak learning rate of the WaRA cores.")
     lr_head: float = Field(2e-3, ge=0, description="Peak learning rate of the head.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")

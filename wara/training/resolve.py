@@ -1,4 +1,4 @@
-"""The config with nothing left to look up: every option of the method stands in it."""
+"""The config with nothing left to look up: the method's options and learning rate stand in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         WaraErrors: kind "config", when the method or an option does not exist.
     """
-    method = config.adapter.method
-    options = method_options(method_from_options(method, config.adapter.options))
-    adapter = {"method": method, **options}
-    return RunConfig.model_validate({**dict(config), "adapter": adapter})
+    name = config.adapter.method
+    method = method_from_options(name, config.adapter.options)
+    adapter = {"method": name, **method_options(method)}
+    lr = method.lr if config.lr is None else config.lr
+    return RunConfig.model_validate({**dict(config), "adapter": adapter, "lr": lr})

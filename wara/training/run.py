@@ -200,6 +200,7 @@ class _Run:
 
     def _module(self, prepared: Prepared) -> FineTuning:
         config = self.config
+        assert config.lr is not None, "the config is not resolved"
         return FineTuning(
             prepared.model,
             task=prepared.task,

@@ -23,10 +23,6 @@ from wara.training.provenance import data_sha256
 
 PHANTOM_SIDE = 112  # pixels; what the shipped backbone reads, drawn in milliseconds
 
-# Methods that train weights of the base, and a rate that is high for pretrained weights.
-_MOVES_THE_BASE = ("full", "bitfit", "ln_tuning")
-_HIGH_RATE = 5e-4
-
 
 @dataclass
 class Prepared:
@@ -101,7 +97,7 @@ def prepare(config: RunConfig, *, out: Path, report_dir: Path | None) -> Prepare
     """Open the data, check it, build the model.
 
     Args:
-        config: of the run.
+        config: of the run, see `resolve`.
         out: the run's folder, for the plan.
         report_dir: where a long list of data faults is written, the only thing that is; None to
             write nothing.
@@ -109,6 +105,7 @@ def prepare(config: RunConfig, *, out: Path, report_dir: Path | None) -> Prepare
     Raises:
         WaraError: any refusal that can be known before training.
     """
+    assert config.lr is not None, "the config is not resolved"
     if config.batch_size % config.devices:
         raise WaraError(
             "config", f"batch_size {config.batch_size} is no multiple of devices {config.devices}",
@@ -154,7 +151,7 @@ def prepare(config: RunConfig, *, out: Path, report_dir: Path | None) -> Prepare
     plan = Plan(
         dataset=f"{card.name}: {card.title} ({card.task}, {images.origin})",
         banners=banners,
-        notes=tuple(note for note in [*notes, *_rate_notes(config)] if note not in banners),
+        notes=tuple(note for note in notes if note not in banners),
         table=table,
         backbone=(
             f"{info.name}, {info.img_size[0]} x {info.img_size[1]} px, grid {info.grid_size[0]} x "
@@ -232,15 +229,6 @@ def _banners(config: RunConfig, images: sources.ImageSet, info: BackboneInfo) ->
             "with the package (offline: phantom)."
         )
     return tuple(banners)
-
-
-def _rate_notes(config: RunConfig) -> list[str]:
-    if config.adapter.method not in _MOVES_THE_BASE or config.lr <= _HIGH_RATE:
-        return []
-    return [
-        f"lr {config.lr:g} is an adapter's; '{config.adapter.method}' trains the backbone's own "
-        "weights, for which 1e-4 is usual (--set lr=1e-4)"
-    ]
 
 
 def _label(label: int | tuple[int, ...]) -> str:
