@@ -1,6 +1,6 @@
 """WaveFT (arXiv 2505.12532), §5: the rank-1 budget on SDXL's attention layers is 1.451 M.
 
-    pip install diffusers
+    pip install 'wara[papers]'
     python benchmarks/papers/sdxl_budget.py
 
 Builds SDXL's UNet without weights (meta device) from its published configuration, and counts what
