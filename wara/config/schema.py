@@ -102,7 +102,10 @@ class RunConfig(_Section):
 
     loss: Literal["auto", "ce", "weighted_ce", "focal", "bce"] = Field(
         "auto",
-        description="auto: bce if multilabel, weighted_ce above a class ratio of 3:1, or ce.",
+        description=(
+            "auto: ce, or weighted_ce above a class ratio of 3:1; bce if multilabel, its positives "
+            "weighted above 3 negatives to one."
+        ),
     )
     focal_gamma: float = Field(2.0, ge=0, description="Focusing exponent of the focal loss.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss.")
