@@ -18,6 +18,7 @@ import csv
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,21 @@ class Upper(nn.Module):
 
 
 def train(
-    upper: Upper, tokens: Tensor, labels: Tensor, *, lr: float, lr_core: float, args: Any
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    lr: float,
+    lr_core: float,
+    args: Any,
 ) -> float:
-    """Fine-tune in place as a run does; return the mean loss of the last epoch."""
-    groups = parameter_groups(upper.model)
-    method = record_of(upper.model).method
+    """Fine-tune an adapted `model` through `forward`; return the mean loss of the last epoch.
+
+    AdamW with weight decay on all but the cores, clipping, a tenth of the steps as warm-up, cosine.
+    """
+    groups = parameter_groups(model)
+    method = record_of(model).method
     optimiser = torch.optim.AdamW(
         [
             {"params": groups["adapter"], "lr": lr, "weight_decay": 0.01},
@@ -105,7 +116,7 @@ def train(
             {"params": groups["head"], "lr": LR, "weight_decay": 0.01},
         ]
     )
-    steps = args.epochs * math.ceil(len(tokens) / args.batch)
+    steps = args.epochs * math.ceil(len(inputs) / args.batch)
     warm = max(1, int(WARMUP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
@@ -120,27 +131,26 @@ def train(
     done = 0
     for _ in range(args.epochs):
         losses = []
-        for batch in torch.randperm(len(tokens)).split(args.batch):
+        for batch in torch.randperm(len(inputs)).split(args.batch):
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                logits = upper(tokens[batch]).float()
+                logits = forward(inputs[batch]).float()
             loss = nn.functional.cross_entropy(logits, labels[batch])
-            penalty = method.penalty(upper.model)
+            penalty = method.penalty(model)
             optimiser.zero_grad()
             (loss if penalty is None else loss + penalty).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             done += 1
-            method.on_step(upper.model, done, steps)
+            method.on_step(model, done, steps)
             schedule.step()
             losses.append(loss.item())
     return float(np.mean(losses))
 
 
 @torch.no_grad()
-def auc_macro(upper: Upper, tokens: Tensor, labels: np.ndarray) -> float:
-    """Return the macro AUROC on the given tokens."""
-    upper.eval()
-    logits = torch.cat([upper(part) for part in tokens.split(64)])
+def auc_macro(forward: Callable[[Tensor], Tensor], inputs: Tensor, labels: np.ndarray) -> float:
+    """Return the macro AUROC of a model in evaluation mode."""
+    logits = torch.cat([forward(part) for part in inputs.split(64)])
     probabilities = logits.double().softmax(1).numpy()
     return float(roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"))
 
@@ -193,6 +203,7 @@ def main() -> None:
             torch.manual_seed(seed)
             start = time.perf_counter()
             loss = train(
+                upper.model,
                 upper,
                 tokens[chosen],
                 torch.from_numpy(labels[chosen]),
@@ -201,6 +212,7 @@ def main() -> None:
                 args=args,
             )
             seconds = time.perf_counter() - start
+            upper.eval()
             auc = auc_macro(upper, tokens[test], labels[test])
             row = {
                 **key,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from defaults import Upper, auc_macro, lower_tokens, read_set, train
+from defaults import auc_macro, read_set, train
 from sklearn.model_selection import StratifiedGroupKFold
 
 import wara
@@ -39,10 +39,10 @@ RATES: dict[str, list[float]] = {
     "adalora": [2e-3, 6e-3, 2e-2, 6e-2],
     "vera": [5e-3, 1.5e-2, 5e-2, 1.5e-1],
     "loha": [7e-4, 2e-3, 6e-3, 2e-2],
-    "lokr": [7e-4, 2e-3, 6e-3, 2e-2],
+    "lokr": [7e-4, 2e-3, 6e-3, 2e-2, 6e-2],
     "fourierft": [1.5e-2, 5e-2, 1.5e-1, 5e-1],
     "bitfit": [6e-4, 2e-3, 6e-3, 2e-2],
-    "ln_tuning": [6e-4, 2e-3, 6e-3, 2e-2],
+    "ln_tuning": [6e-4, 2e-3, 6e-3, 2e-2, 6e-2],
     "full": [3e-5, 1e-4, 3e-4, 1e-3],
     "linear_probe": [0.0],
 }
@@ -72,7 +72,8 @@ def main() -> None:
     )
     base.eval()
     spec = ImageSpec(info.img_size, info.mean, info.std, info.interpolation)
-    tokens = lower_tokens(base, [load_tensor(file, spec) for file in files], 0)
+    images = torch.stack([load_tensor(file, spec) for file in files])
+    setting = {key: getattr(args, key) for key in ("backbone", "size", "epochs", "batch", "bf16")}
     done = json.loads(args.out.read_text()) if args.out.exists() else []
     for seed in args.seeds:
         folds = StratifiedGroupKFold(2, shuffle=True, random_state=seed)
@@ -80,31 +81,26 @@ def main() -> None:
         chosen = np.random.default_rng(seed).permutation(pool)[: args.train]
         for name in args.methods:
             for rate in args.rates or RATES[name]:
-                key = {"data": args.data.name, "seed": seed, "method": name, "lr": rate}
+                key = {"data": args.data.name, **setting, "n_train": len(chosen)}
+                key |= {"seed": seed, "method": name, "lr": rate}
                 if any(all(row[k] == v for k, v in key.items()) for row in done):
                     continue
                 torch.manual_seed(seed)
-                upper = Upper(copy.deepcopy(base), 0)
-                upper.model.reset_classifier(count)
-                wara.adapt(upper.model, METHODS[name]())
-                upper.train()
+                model = copy.deepcopy(base)
+                model.reset_classifier(count)
+                wara.adapt(model, METHODS[name]())
+                model.train()
                 torch.manual_seed(seed)
                 start = time.perf_counter()
                 # Tiny-WaRA trains nothing but cores, so the rate in question is theirs.
                 core = rate if name == "tiny_wara" else LR_CORE
-                loss = train(
-                    upper,
-                    tokens[chosen],
-                    torch.from_numpy(labels[chosen]),
-                    lr=rate,
-                    lr_core=core,
-                    args=args,
-                )
+                known = torch.from_numpy(labels[chosen])
+                loss = train(model, model, images[chosen], known, lr=rate, lr_core=core, args=args)
+                model.eval()
                 row = {
                     **key,
-                    "auc_macro": round(auc_macro(upper, tokens[test], labels[test]), 5),
+                    "auc_macro": round(auc_macro(model, images[test], labels[test]), 5),
                     "train_loss": round(loss, 5),
-                    "n_train": len(chosen),
                     "n_test": len(test),
                     "seconds": round(time.perf_counter() - start, 1),
                 }

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("auc_macro", "balanced_accuracy", "ece")
 
 
-def train(method: str, seed: int, args: argparse.Namespace) -> Path:
-    """Run one method with one seed, unless that was done; return its folder."""
+def train(method: str, seed: int, args: argparse.Namespace) -> Path | None:
+    """Run one method with one seed, unless that was done; return its folder, none if it failed."""
     folder = args.runs / f"{method}_s{seed}"
     command = [
         sys.executable, str(ROOT / "train.py"), *args.train, "--quiet",
@@ -42,21 +42,21 @@ def train(method: str, seed: int, args: argparse.Namespace) -> Path:
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        # The other methods go on; the one that failed is told at the end of the table.
+        # The other methods go on. What an earlier command left in the folder is not taken for it.
         print(f"{method}, seed {seed}: exit {done.returncode}\n{done.stderr.strip()}", flush=True)
-    else:
-        print(f"{method}, seed {seed}: done", flush=True)
+        return None
+    print(f"{method}, seed {seed}: done", flush=True)
     return folder
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """Return what a finished run reports, or none."""
-    file = folder / "metrics.json"
-    if not file.exists():
-        return None
-    found = json.loads(file.read_text())
+def read(folder: Path) -> dict[str, Any]:
+    """Return what a finished run reports."""
+    found = json.loads((folder / "metrics.json").read_text())
     row = {key: found[key] for key in ("method", "seed", "adapter_params", "head_params")}
-    row["lr"] = load_config(folder / "config.yaml").lr
+    config = load_config(folder / "config.yaml")
+    # Tiny-WaRA has nothing but cores, the probe nothing but the head.
+    rates = {"tiny_wara": config.lr_core, "linear_probe": config.lr_head}
+    row["lr"] = rates.get(config.adapter.method, config.lr)
     return {**row, **{name: found["test"][name] for name in METRICS}}
 
 
@@ -111,15 +111,15 @@ def main() -> None:
     jobs = [(method, seed) for seed in args.seeds for method in args.methods]
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = list(pool.map(lambda job: train(*job, args), jobs))
-    rows = [row for folder in folders if (row := read(folder)) is not None]
+    rows = [read(folder) for folder in folders if folder is not None]
     cost: dict[str, Any] = {}
     if args.cost:
         measured = json.loads(args.cost.read_text())
         cost = next(value["rows"] for key, value in measured.items() if key.endswith(" px"))
     print(table(rows, cost))
-    missing = [job for job, folder in zip(jobs, folders, strict=True) if read(folder) is None]
+    missing = [job for job, folder in zip(jobs, folders, strict=True) if folder is None]
     for method, seed in missing:
-        print(f"not finished: {method}, seed {seed}")
+        print(f"failed: {method}, seed {seed}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import platform
 import random
-import resource
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -161,30 +160,38 @@ def work(pipe: Connection, name: str, args: argparse.Namespace, size: int | None
             optimiser.step()
             optimiser.zero_grad()
 
-    at_rest = resident_mb()
+    at_rest = 0.0
+    if device == "cpu":
+        # The most that was held until now, by loading and by the parent, does not count (Linux).
+        Path("/proc/self/clear_refs").write_text("5")
+        at_rest = resident_mb("VmRSS")
     for _ in range(2):
         step()
     counts = sum(p.numel() for p in parameters)
     pipe.send({"trainable": counts})
     while pipe.recv():
+        if device == "cuda":
+            step()  # takes back the memory that it gave up after its last turn
         synchronise()
         start = time.perf_counter()
         for _ in range(args.steps):
             step()
         synchronise()
         pipe.send((time.perf_counter() - start) / args.steps)
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the others of the group need the device, too
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         # What training adds: libraries that a method imports are not its working memory.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - at_rest
+        peak = resident_mb("VmHWM") - at_rest
     pipe.send(peak)
 
 
-def resident_mb() -> float:
-    """Return the memory this process holds now, in MiB (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def resident_mb(which: str) -> float:
+    """Return the memory this process holds now (`VmRSS`) or held at most (`VmHWM`), in MiB."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[which].split()[0]) / 2**10
 
 
 def measure(args: argparse.Namespace, size: int | None) -> dict[str, Any]:
@@ -292,7 +299,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5 if gpu else 1, help="steps per turn")
     parser.add_argument("--rounds", type=int, default=30 if gpu else 12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--methods", nargs="+", default=METHODS[2:], choices=METHODS[2:])
+    parser.add_argument("--methods", nargs="+", default=METHODS[2:], choices=METHODS)
     args = parser.parse_args()
     results: dict[str, Any] = {
         "setting": {**{k: v for k, v in vars(args).items() if k != "out"}, "gpu": gpu},

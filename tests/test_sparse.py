@@ -18,6 +18,7 @@ from wara.errors import WaraError, WaraErrors
 
 SHAPES = [(16, 16), (32, 12), (10, 40), (13, 17), (15, 24)]
 FAMILIES = ["haar", "db2", "db4", "sym3", "coif1"]
+BIORTHOGONAL = ["bior2.2", "rbio1.3"]
 WAYS = [(dense, sampled) for dense in (False, True) for sampled in (False, True)]
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
@@ -32,7 +33,7 @@ def way(request, monkeypatch):
     """Take one of the four ways of computing, whatever the size of the layer says."""
     dense, sampled = request.param
     monkeypatch.setattr(Form, "dense", property(lambda self: dense and self.bank is not None))
-    monkeypatch.setattr(Form, "sampled", lambda self, device: sampled)
+    monkeypatch.setattr(Form, "sampled", lambda self, device, out: sampled)
 
 
 def layer(shape, wavelet="haar", k=20, groups=1, seed=3, dtype=torch.float32, scale=25.0):
@@ -72,7 +73,7 @@ def pywt_delta(adapted):
 
 
 @shapes
-@families
+@pytest.mark.parametrize("wavelet", FAMILIES + BIORTHOGONAL)
 @pytest.mark.parametrize("way", WAYS[::2], indirect=True, ids=["sparse", "dense"])
 def test_delta_weight_is_the_inverse_transform(shape, wavelet, way):
     adapted = layer(shape, wavelet, groups=2, dtype=torch.float64)
@@ -140,15 +141,17 @@ def test_the_way_follows_from_the_size():
         bank = ((0.0,) * length, (0.0,) * length) if length else None
         return Form(((0, side),), (k,), side, bank)
 
-    assert form(384, 768).sampled(cpu) and not form(128, 256).sampled(cpu)
-    assert not form(384, 768).sampled(torch.device("cuda"))
+    assert form(384, 768).sampled(cpu, 384) and not form(128, 256).sampled(cpu, 128)
+    assert not form(384, 768).sampled(torch.device("cuda"), 384)
+    # The dense product takes all rows of a fused layer, adapted or not.
+    assert form(192, 384).sampled(cpu, 3 * 192) and not form(192, 384).sampled(cpu, 192)
     assert not form(384, 768).dense and form(384, 768, 20).dense
     assert not form(384, 384 * 384, 0).dense
 
 
 def test_chunks_of_tokens_add_up():
     adapted = layer((384, 384), "haar", k=40)
-    assert adapted.adapter.form.sampled(torch.device("cpu"))
+    assert adapted.adapter.form.sampled(torch.device("cpu"), 384)
     x, g = torch.randn(600, 384), torch.randn(600, 384)
     adapted(x).backward(g)
     whole = adapted.adapter.coefficients.grad.clone()
@@ -311,14 +314,15 @@ def test_lora_is_that_of_peft(shape):
         b.copy_(adapted.adapter.up)
     ours = adapted.adapter.delta_weight()
     torch.testing.assert_close(ours, inner.get_delta_weight("default"), atol=1e-6, rtol=0)
-    x = torch.randn(2, 7, d)
-    y, y2 = adapted(x), theirs(x)
+    x = torch.randn(2, 7, d, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    y, y2 = adapted(x), theirs(x2)
     torch.testing.assert_close(y, y2, atol=5e-6, rtol=1e-5)
     g = torch.randn_like(y)
     y.backward(g)
     y2.backward(g)
-    torch.testing.assert_close(adapted.adapter.down.grad, a.grad, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(adapted.adapter.up.grad, b.grad, atol=2e-5, rtol=1e-5)
+    for ours, other in ((adapted.adapter.down, a), (adapted.adapter.up, b), (x, x2)):
+        torch.testing.assert_close(ours.grad, other.grad, atol=1e-5, rtol=1e-5)
 
 
 # Options.
@@ -442,6 +446,25 @@ def test_places_outside_the_matrix_are_refused():
         with pytest.raises(WaraError, match="outside the 9x7 matrix") as caught:
             adapted.adapter.refresh()
         assert caught.value.exit_code == 4
+
+
+def test_a_place_that_occurs_twice_is_refused():
+    adapted = layer((9, 7), "haar", k=5)
+    adapted.adapter.places[:, 1] = adapted.adapter.places[:, 0]
+    with pytest.raises(WaraError, match="occurs twice in the 9x7 matrix") as caught:
+        adapted.adapter.refresh()
+    assert caught.value.exit_code == 4
+
+
+def test_compiled_it_takes_the_dense_way_and_agrees():
+    adapted = layer((384, 384), "haar", k=40)
+    assert adapted.adapter.form.sampled(torch.device("cpu"), 384)
+    x, g = torch.randn(5, 384), torch.randn(5, 384)
+    adapted(x).backward(g)
+    expected = adapted.adapter.coefficients.grad.clone()
+    adapted.adapter.coefficients.grad = None
+    torch.compile(adapted, backend="aot_eager", fullgraph=True)(x).backward(g)
+    torch.testing.assert_close(adapted.adapter.coefficients.grad, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_gaussian_start():

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from training_helpers import CLASSES, make_images, spawn, tiny_config
 
 import wara
 from wara.adapters import METHODS, method_from_options
+from wara.adapters.baselines import PeftMethod
+from wara.backbones import build_backbone
 from wara.config import RunConfig, dump_config, load_config
 from wara.errors import WaraError
+from wara.images import load_tensor
 from wara.training.checkpoints import SafeCheckpointIO
 from wara.training.console import Console
 from wara.training.journal import Progress
@@ -32,6 +36,7 @@ from wara.training.plan import SplitTable, pick_device, pick_precision
 from wara.training.report import cell, result_table
 from wara.training.resolve import resolve
 from wara.training.run import run
+from wara.training.setup import image_spec
 from wara.training.signals import StopSignals
 from wara.training.task import FineTuning, probabilities, schedule, step_seed
 
@@ -142,17 +147,27 @@ def test_a_run_refuses_options_without_effect_all_at_once(tmp_path: Path, folder
 def test_the_learning_rate_is_the_methods_unless_one_is_set(
     tmp_path: Path, folder: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if method in ("vera", "adalora", "loha", "lokr", "fourierft", "dora"):
+    if issubclass(METHODS[method], PeftMethod):
         pytest.importorskip("peft")
-    options = {"rank": 1, "init_rank": 2} if method == "adalora" else {}
-    config = tiny_config(
-        folder, out=str(tmp_path / "run"), adapter={"method": method, **options}, lr=None
-    )
+    adapter = {"method": method, **SMALL.get(method, {})}
+    config = tiny_config(folder, out=str(tmp_path / "run"), adapter=adapter)
     own = METHODS[method].lr
     assert resolve(config).lr == own
     run(config, dry_run=True)
     assert f", lr {own:g}, " in capsys.readouterr().out
     assert resolve(config.model_copy(update={"lr": 0.0})).lr == 0.0
+
+
+def test_the_plan_says_what_a_budget_came_to(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = {"method": "lora", "budget": "1.6*lora_r1"}
+    run(tiny_config(folder, out=str(tmp_path / "run"), adapter=adapter), dry_run=True)
+    wanted, got = re.search(  # type: ignore[union-attr]
+        r"1\.6\*lora_r1: ([\d,]+) parameters wanted, ([\d,]+) got", capsys.readouterr().out
+    ).groups()
+    unit = int(got.replace(",", "")) / 2  # the nearest rank is 2
+    assert int(wanted.replace(",", "")) == pytest.approx(1.6 * unit, abs=1)
 
 
 # -- schedule and randomness ------------------------------------------------------------------
@@ -378,20 +393,35 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "trainable" in out and "dry run" in out and "epoch 1" not in out
 
 
-@pytest.mark.parametrize(
-    ("method", "more"),
-    [("lora", {"rank": 2}), ("tiny_wara", {"rank": 2, "level": 1}), ("linear_probe", {}),
-     ("full", {})],
-)  # fmt: skip
-def test_every_method_trains(tmp_path: Path, folder: Path, method: str, more: dict) -> None:
+SMALL: dict[str, dict[str, Any]] = {
+    "tiny_wara": {"rank": 2},
+    "adalora": {"rank": 1, "init_rank": 2},
+    "fourierft": {"n_frequency": 9},
+}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_trains(tmp_path: Path, folder: Path, method: str) -> None:
+    if issubclass(METHODS[method], PeftMethod):
+        pytest.importorskip("peft")
     config = tiny_config(
-        folder, out=str(tmp_path / "run"), epochs=1, adapter={"method": method, **more}
-    )
+        folder, out=str(tmp_path / "run"), epochs=1,
+        adapter={"method": method, **SMALL.get(method, {})},
+    )  # fmt: skip
     run(config, quiet=True)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["method"] == method
     assert metrics["head_params"] == 195
     assert (metrics["adapter_params"] == 0) == (method == "linear_probe")
+    # What was saved gives the logits that were written down.
+    model, info = build_backbone(
+        "test_vit", num_classes=3, img_size=32, weights=folder / "weights.safetensors"
+    )
+    model = wara.load_adapter(model, tmp_path / "run" / "adapter").eval()
+    table = list(csv.DictReader((tmp_path / "run" / "predictions_test.csv").open()))
+    image = load_tensor(folder / "data" / table[0]["file"], image_spec(info))
+    written = [float(table[0][f"logit_{name}"]) for name in CLASSES]
+    assert model(image[None])[0].tolist() == pytest.approx(written, abs=1e-4)
 
 
 def test_frozen_weights_do_not_move(folder: Path) -> None:

@@ -112,6 +112,18 @@ def test_changing_the_dtype_never_rounds_the_transform() -> None:
     assert not mixer.state_dict()
 
 
+def test_what_is_kept_does_not_depend_on_who_asked_first() -> None:
+    with torch.inference_mode():
+        SubbandMixer((6, 9))
+    mixer = SubbandMixer((6, 9)).double()
+    z = torch.randn(1, 54, 1, 2, dtype=torch.float64, requires_grad=True)
+    mixer(z, torch.ones(1, 4, 2, dtype=torch.float64)).sum().backward()
+    torch.testing.assert_close(z.grad, torch.ones_like(z))
+    with torch.device("meta"):
+        SubbandMixer((9, 6))
+    assert SubbandMixer((9, 6)).analysis.device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     ("grid", "wavelet", "level", "word"),
     [

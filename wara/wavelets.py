@@ -128,21 +128,23 @@ def grid_transform(
         remedy = suggest(boundary, BOUNDARIES)
         raise WaraError("config", f"unknown boundary '{boundary}'", "adapter.boundary", remedy)
     h, w = grid
-    units = torch.eye(h * w, dtype=torch.float64).reshape(-1, h, w)
     mode = cast(BoundaryMode, boundary)
-    coefficients = ptwt.wavedec2(units, wavelet, mode=mode, level=level)
-    bands = [coefficients[0], *(band for detail in coefficients[1:] for band in detail)]
-    shapes = [band.shape[1:] for band in bands]
-    sizes = tuple(math.prod(shape) for shape in shapes)
-    # Column t is the answer to unit token t.
-    analysis = torch.cat([band.flatten(1) for band in bands], 1).T.contiguous()
-    ones = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, 1)
-    bands = [part.reshape(-1, *shape) for part, shape in zip(ones, shapes, strict=True)]
-    details = [
-        ptwt.constants.WaveletDetailTuple2d(*bands[i : i + 3]) for i in range(1, len(bands), 3)
-    ]
-    images = ptwt.waverec2((bands[0], *details), wavelet)[..., :h, :w]
-    return GridTransform(analysis, images.flatten(1).T.contiguous(), sizes)
+    # What is kept for all callers must not depend on the context of the first.
+    with torch.inference_mode(False), torch.device("cpu"):
+        units = torch.eye(h * w, dtype=torch.float64).reshape(-1, h, w)
+        coefficients = ptwt.wavedec2(units, wavelet, mode=mode, level=level)
+        bands = [coefficients[0], *(band for detail in coefficients[1:] for band in detail)]
+        shapes = [band.shape[1:] for band in bands]
+        sizes = tuple(math.prod(shape) for shape in shapes)
+        # Column t is the answer to unit token t.
+        analysis = torch.cat([band.flatten(1) for band in bands], 1).T.contiguous()
+        ones = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, 1)
+        bands = [part.reshape(-1, *shape) for part, shape in zip(ones, shapes, strict=True)]
+        details = [
+            ptwt.constants.WaveletDetailTuple2d(*bands[i : i + 3]) for i in range(1, len(bands), 3)
+        ]
+        images = ptwt.waverec2((bands[0], *details), wavelet)[..., :h, :w]
+        return GridTransform(analysis, images.flatten(1).T.contiguous(), sizes)
 
 
 def subband_projections(
@@ -185,7 +187,6 @@ class SubbandMixer(nn.Module):
 
     analysis: Tensor
     synthesis: Tensor
-    subband: Tensor
 
     def __init__(
         self,
@@ -203,8 +204,6 @@ class SubbandMixer(nn.Module):
         for name in ("analysis", "synthesis"):
             matrix = getattr(self.exact(), name).float()
             self.register_buffer(name, matrix, persistent=False)
-        subband = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
-        self.register_buffer("subband", subband, persistent=False)
 
     def exact(self) -> GridTransform:
         """Return the transform in float64."""
@@ -243,12 +242,13 @@ class SubbandMixer(nn.Module):
             core = core.to(dtype)
             # Tokens and channels of all groups as one matrix per image, transformed in one product.
             bands = (self.analysis @ z.to(dtype).reshape(b, n, g * r)).reshape(b, -1, g, r)
-            if core.ndim == 4:
-                parts = zip(bands.split(self.sizes, 1), core.unbind(1), strict=True)
-                bands = torch.cat([torch.einsum("bmgj,gij->bmgi", *part) for part in parts], 1)
-            else:
-                gains = core.unsqueeze(-1) if core.ndim == 2 else core
-                bands = bands * gains.transpose(0, 1).index_select(0, self.subband)
+            updated = []
+            for band, k in zip(bands.split(self.sizes, 1), core.unbind(1), strict=True):
+                if core.ndim == 4:
+                    updated.append(torch.einsum("bmgj,gij->bmgi", band, k))
+                else:
+                    updated.append(band * (k.unsqueeze(-1) if core.ndim == 2 else k))
+            bands = torch.cat(updated, 1)
             return (self.synthesis @ bands.reshape(b, -1, g * r)).reshape(b, n, g, r)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from wara.adapters.base import AdaptedLinear, LowRankLayer
 from wara.adapters.targets import adapted_layers
 from wara.adapters.wara import SubbandLayer
-from wara.wavelets import subband_projections
 
 
 def _group_names(name: str, layer: AdaptedLinear) -> list[str]:
@@ -73,8 +72,10 @@ def _energies(adapter: SubbandLayer, x: Tensor) -> Tensor:
     b, n, _ = x.shape
     z = (x @ adapter.down.float().T).reshape(b, n, adapter.groups, adapter.rank)
     mixer = adapter.mixer
-    projections = subband_projections(mixer.grid, mixer.wavelet, mixer.level, mixer.boundary)
-    bands = torch.einsum("snm,bmgj->bsngj", projections.to(z), z)
+    there = torch.einsum("mn,bngj->bmgj", mixer.analysis.to(z), z).split(mixer.sizes, 1)
+    back = mixer.synthesis.to(z).split(mixer.sizes, 1)
+    pairs = zip(back, there, strict=True)
+    bands = torch.stack([torch.einsum("nm,bmgj->bngj", *pair) for pair in pairs], 1)
     updated = torch.einsum("bsngj,gsij->bsngi", bands, adapter.full_cores().float())
     ups = adapter.up.float().split(adapter.sizes)
     # ‖u Bᵀ‖² = u BᵀB uᵀ, so the width never appears.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,7 +80,7 @@ class SparseLayer(WeightDomainLayer):
         """Follow the places, after they were loaded.
 
         Raises:
-            WaraError: kind `artefact` when a place lies outside its matrix.
+            WaraError: kind `artefact` when a place lies outside its matrix, or occurs twice.
         """
         if self.places.device.type == "meta":
             return
@@ -88,9 +89,14 @@ class SparseLayer(WeightDomainLayer):
         ):
             limits = place.new_tensor([[stop - start], [self.in_features]])
             if bool(((place < 0) | (place >= limits)).any()):
-                what = f"a place lies outside the {stop - start}x{self.in_features} matrix"
-                remedy = "copy the adapter folder again; the file is damaged"
-                raise WaraError("artefact", what, "adapter places", remedy)
+                fault = "lies outside"
+            elif place.unique(dim=1).shape[1] < place.shape[1]:
+                fault = "occurs twice in"
+            else:
+                continue
+            what = f"a place {fault} the {stop - start}x{self.in_features} matrix"
+            remedy = "copy the adapter folder again; the file is damaged"
+            raise WaraError("artefact", what, "adapter places", remedy)
         index = index_places(self.places, self.form, self._precision)
         for name in self.index_names:
             setattr(self, name, getattr(index, name).to(self.places.device))
@@ -145,8 +151,10 @@ def draw_places(shape: Shape, count: int, seed: int) -> Tensor:
         int64 `[2, k]`, rows and columns, all different. Shared by all callers: do not write to it.
     """
     generator = torch.Generator().manual_seed(seed)
-    flat = torch.randperm(shape[0] * shape[1], generator=generator)[:count]
-    return torch.stack([flat // shape[1], flat % shape[1]])
+    # What is kept for all callers must not depend on the context of the first.
+    with torch.inference_mode(False), torch.device("cpu"):
+        flat = torch.randperm(shape[0] * shape[1], generator=generator)[:count]
+        return torch.stack([flat // shape[1], flat % shape[1]])
 
 
 def allocate(shapes: Sequence[Shape], mean: float, allocation: str) -> list[int]:
@@ -212,7 +220,8 @@ class SparseMethod(TargetedMethod):
         for key, choices in (("allocation", ALLOCATIONS), ("init", INITS)):
             value = getattr(self, key)
             require(value in choices, f"{key} is {value!r}", key, suggest(str(value), choices))
-        require(self.scale != 0, "scale is 0", "scale", "set a number other than 0")
+        usable = math.isfinite(self.scale) and self.scale != 0
+        require(usable, f"scale is {self.scale}", "scale", "set a number other than 0")
         require(isinstance(seed, int) and seed >= 0, f"seed is {seed!r}", "seed", "set 0 or more")
 
     def counts(self, shapes: Sequence[Shape]) -> list[int]:

@@ -61,7 +61,7 @@ class Form:
         reached = sum(self.counts) * self.length**2
         return self.bank is not None and reached > sum(self.sides) * self.in_features
 
-    def sampled(self, device: torch.device) -> bool:
+    def sampled(self, device: torch.device, out_features: int) -> bool:
         """Whether to take `k` dot products over the tokens and not a product of all with all.
 
         On a CPU one of the dot products costs as much per token as about 8 multiply-adds of a
@@ -73,7 +73,7 @@ class Form:
             return False
         feature = 90 + (40 + 17 * self.length if self.bank else 0)
         sparse = 8 * sum(self.counts) + feature * (self.features + self.in_features)
-        return sparse < self.features * self.in_features
+        return sparse < out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,8 @@ def values_gradient(x: Tensor, dy: Tensor, values: Tensor, index: Index, form: F
     the features, the gradient of the number at `(left, right)` is `Σ_n Ỹ[n, left] X̃[n, right]`.
     """
     # A compiler has no sparse products, and autograd no second derivative of them.
-    if form.sampled(x.device) and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+    plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    if plain and form.sampled(x.device, dy.shape[1]):
         return _sampled(x, dy, values, index, form)
     dense = dy.t() @ x
     if form.dense:

@@ -367,6 +367,7 @@ class TinyWaRA(SubbandMethod):
 
     name: ClassVar[str] = "tiny_wara"
     summary: ClassVar[str] = "WaRA with a fixed SVD basis; only a few coefficients train"
+    lr: ClassVar[float] = 5e-2
 
     rank: int = 8
     coefficients: int = 8
