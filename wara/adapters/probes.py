@@ -24,7 +24,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "every weight trains"
-    lr: ClassVar[float] = 3e-4
+    lr: ClassVar[float] = 1e-4
 
     def trains(self, name: str, owner: nn.Module) -> bool:
         """Return true for every base parameter."""
