@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import methods_table
 import timing
 import train_step
 
-from wara.adapters import METHODS
+from wara.adapters import METHODS, TinyWaRA
 from wara.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_ratio_is_taken_within_the_round() -> None:
@@ -61,11 +64,25 @@ def test_candidates_that_are_compared_run_in_one_group() -> None:
         assert any({top, bottom} <= group for group in groups)
 
 
-def test_every_method_has_rates_to_choose_from() -> None:
-    assert set(learning_rates.RATES) == set(METHODS)
-    for name, rates in learning_rates.RATES.items():
-        own = RunConfig().lr_core if name == "tiny_wara" else METHODS[name].lr
-        assert name == "linear_probe" or min(rates) <= own <= max(rates)
+def test_the_learning_rates_are_those_that_were_best() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/learning_rates_chest_xray.json").read_text())
+    assert {row["method"] for row in rows} == set(METHODS) == set(learning_rates.RATES)
+    text = (ROOT / "docs/methods.md").read_text()
+    for name in METHODS:
+        scores: dict[float, dict[int, float]] = {}
+        for row in rows:
+            if row["method"] == name:
+                scores.setdefault(row["lr"], {})[row["seed"]] = row["auc_macro"]
+        assert name == "linear_probe" or set(scores) == set(learning_rates.RATES[name])
+        both = {rate: sum(found.values()) for rate, found in scores.items() if len(found) == 2}
+        best = max(both, key=both.__getitem__)
+        shown = ", ".join(f"{scores[best][seed]:.3f}" for seed in (0, 1))
+        if name == "linear_probe":
+            assert f"| `linear_probe` | | | {shown} | |" in text
+            continue
+        assert METHODS[name].lr == best
+        assert re.search(rf"\| `{name}` \| {best:g} \| [^|]* \| {shown} \|", text), name
+    assert TinyWaRA.lr == RunConfig().lr_core
 
 
 def test_the_table_of_methods_shows_runs_as_they_are() -> None:
