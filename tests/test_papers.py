@@ -419,3 +419,15 @@ def test_subbands_refuse_what_is_not_of_the_run(tmp_path):
         subbands.main([str(lora), "--out", str(tmp_path)])
     changed.write_bytes(before)
     subbands.main([str(lora), "--out", str(tmp_path / "again")])
+
+
+def test_stored_subbands_are_those_of_the_docs():
+    text = (PAPERS.parents[1] / "docs" / "papers.md").read_text()
+    for run in stored("wara_subbands")["runs"]:
+        assert not run["synthetic"] and len(run["energy"]) == 48
+        shares = " | ".join(f"{share:.2f}" for share in run["share"].values())
+        spectra = [v for layer in run["singular_values"].values() for v in layer.values()]
+        curve = np.mean([np.divide(values, values[0]) for values in spectra], 0)
+        decay = ", ".join(f"{value:.2f}" for value in curve[1:])
+        row = f"| `{run['method']}`, rank {len(curve)} | {shares} | 1, {decay} |"
+        assert row in text
