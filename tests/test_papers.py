@@ -426,7 +426,7 @@ def test_stored_subbands_are_those_of_the_docs():
     for run in stored("wara_subbands")["runs"]:
         assert not run["synthetic"] and len(run["energy"]) == 48
         shares = " | ".join(f"{share:.2f}" for share in run["share"].values())
-        spectra = [v for layer in run["singular_values"].values() for v in layer.values()]
+        spectra = [v for layer in run["singular_values"].values() for v in layer.values() if v[0]]
         curve = np.mean([np.divide(values, values[0]) for values in spectra], 0)
         decay = ", ".join(f"{value:.2f}" for value in curve[1:])
         row = f"| `{run['method']}`, rank {len(curve)} | {shares} | 1, {decay} |"
