@@ -16,8 +16,18 @@ from wara.wavelets import (
     check_wavelet,
     grid_transform,
     subband_names,
-    subband_projections,
 )
+
+
+def subband_projections(
+    grid: tuple[int, int], wavelet: str = "haar", level: int = 1
+) -> torch.Tensor:
+    """`P_s = IDWT ∘ mask_s ∘ DWT` for every subband, `[s, n, n]`."""
+    transform = grid_transform(grid, wavelet, level)
+    back = transform.synthesis.split(transform.sizes, 1)
+    there = transform.analysis.split(transform.sizes)
+    return torch.stack([one @ other for one, other in zip(back, there, strict=True)])
+
 
 GRIDS = [(14, 14), (7, 7), (9, 14), (16, 5), (37, 13)]
 
@@ -145,4 +155,4 @@ def test_an_unknown_wavelet_gets_the_nearest_name() -> None:
     with pytest.raises(WaraError, match="did you mean 'haar'"):
         check_wavelet("harr")
     with pytest.raises(WaraError, match="unknown boundary"):
-        subband_projections((7, 7), "haar", 1, "mirror")
+        grid_transform((7, 7), "haar", 1, "mirror")

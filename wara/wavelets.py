@@ -117,8 +117,11 @@ def grid_transform(
         level: number of levels, see `check_level`.
         boundary: how the transform extends the grid, one of `BOUNDARIES`.
 
+    The way through one subband, `P_s = IDWT ∘ mask_s ∘ DWT` (WaRA, steps 1 and 3), is the product
+    of its columns of `synthesis` and its rows of `analysis`; `Σ_s P_s = I`.
+
     Returns:
-        Its matrices in float64, shared by all callers: do not write to them.
+        Matrices in float64, shared by all callers: do not write to them.
 
     Raises:
         WaraError: kind `config` for an unknown wavelet or boundary, or a level that does not fit.
@@ -145,26 +148,6 @@ def grid_transform(
         ]
         images = ptwt.waverec2((bands[0], *details), wavelet)[..., :h, :w]
         return GridTransform(analysis, images.flatten(1).T.contiguous(), sizes)
-
-
-def subband_projections(
-    grid: tuple[int, int], wavelet: str = "haar", level: int = 1, boundary: str = "symmetric"
-) -> Tensor:
-    """Return the matrices `P_s` that keep one subband of an image on the grid.
-
-    `P_s = IDWT ∘ mask_s ∘ DWT`, cropped to the grid (WaRA, steps 1 and 3). They sum to the
-    identity. Arguments and errors are those of `grid_transform`.
-
-    Returns:
-        float64 `[s, n, n]` with `s = 3 level + 1`, subbands in the order of `subband_names`.
-    """
-    transform = grid_transform(grid, wavelet, level, boundary)
-    pairs = zip(
-        transform.synthesis.split(transform.sizes, 1),
-        transform.analysis.split(transform.sizes),
-        strict=True,
-    )
-    return torch.stack([back @ there for back, there in pairs])
 
 
 class SubbandMixer(nn.Module):
