@@ -33,7 +33,7 @@ def way(request, monkeypatch):
     """Take one of the four ways of computing, whatever the size of the layer says."""
     dense, sampled = request.param
     monkeypatch.setattr(Form, "dense", property(lambda self: dense and self.bank is not None))
-    monkeypatch.setattr(Form, "sampled", lambda self, device, out: sampled)
+    monkeypatch.setattr(Form, "sampled", lambda self, device, entries, out: sampled)
 
 
 def layer(shape, wavelet="haar", k=20, groups=1, seed=3, dtype=torch.float32, scale=25.0):
@@ -141,17 +141,18 @@ def test_the_way_follows_from_the_size():
         bank = ((0.0,) * length, (0.0,) * length) if length else None
         return Form(((0, side),), (k,), side, bank)
 
-    assert form(384, 768).sampled(cpu, 384) and not form(128, 256).sampled(cpu, 128)
-    assert not form(384, 768).sampled(torch.device("cuda"), 384)
+    assert form(384, 768).sampled(cpu, 4 * 768, 384)
+    assert not form(128, 256).sampled(cpu, 4 * 256, 128)
+    assert not form(384, 768).sampled(torch.device("cuda"), 4 * 768, 384)
     # The dense product takes all rows of a fused layer, adapted or not.
-    assert form(192, 384).sampled(cpu, 3 * 192) and not form(192, 384).sampled(cpu, 192)
+    assert form(192, 384).sampled(cpu, 384, 3 * 192) and not form(192, 384).sampled(cpu, 384, 192)
     assert not form(384, 768).dense and form(384, 768, 20).dense
     assert not form(384, 384 * 384, 0).dense
 
 
 def test_chunks_of_tokens_add_up():
     adapted = layer((384, 384), "haar", k=40)
-    assert adapted.adapter.form.sampled(torch.device("cpu"), 384)
+    assert adapted.adapter.form.sampled(torch.device("cpu"), 160, 384)
     x, g = torch.randn(600, 384), torch.randn(600, 384)
     adapted(x).backward(g)
     whole = adapted.adapter.coefficients.grad.clone()
@@ -265,9 +266,7 @@ def test_waveft_is_that_of_peft(shape, wavelet, way):
     )
     assert torch.equal(adapted.adapter.places.long(), inner.waveft_indices["default"])
     parameter = inner.waveft_spectrum["default"]
-    assert_same(
-        adapted, theirs, inner, parameter, lambda: inner.get_delta_weight("default"), 25.0
-    )
+    assert_same(adapted, theirs, inner, parameter, lambda: inner.get_delta_weight("default"), 25.0)
 
 
 @shapes
@@ -458,7 +457,7 @@ def test_a_place_that_occurs_twice_is_refused():
 
 def test_compiled_it_takes_the_dense_way_and_agrees():
     adapted = layer((384, 384), "haar", k=40)
-    assert adapted.adapter.form.sampled(torch.device("cpu"), 384)
+    assert adapted.adapter.form.sampled(torch.device("cpu"), 160, 384)
     x, g = torch.randn(5, 384), torch.randn(5, 384)
     adapted(x).backward(g)
     expected = adapted.adapter.coefficients.grad.clone()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,13 +45,6 @@ class Form:
         return tuple(stop - start for start, stop in self.rows)
 
     @property
-    def features(self) -> int:
-        """Transformed output features of all matrices; output features without a transform."""
-        if self.bank is None:
-            return max(stop for _, stop in self.rows)
-        return sum(padded_side(side, self.length) for side in self.sides)
-
-    @property
     def length(self) -> int:
         """Taps `L` of a filter; 1 without a transform."""
         return len(self.bank[0]) if self.bank else 1
@@ -61,18 +55,17 @@ class Form:
         reached = sum(self.counts) * self.length**2
         return self.bank is not None and reached > sum(self.sides) * self.in_features
 
-    def sampled(self, device: torch.device, out_features: int) -> bool:
-        """Whether to take `k` dot products over the tokens and not a product of all with all.
+    def sampled(self, device: torch.device, entries: int, out_features: int) -> bool:
+        """Whether to take a dot product over the tokens for each entry of the weight that changes.
 
-        On a CPU one of the dot products costs as much per token as about 8 multiply-adds of a
-        dense product, laying out a feature 90, transforming it 40 and 17 per tap (found by timing
-        both ways, 128 to 768 wide, one thread and two). Where matrix products have hardware of
-        their own, nothing sparse comes near them.
+        The other way is a product of all output with all input features. On a CPU one of the dot
+        products costs as much per token as about 8 multiply-adds of it, laying out a feature 90
+        (found by timing both, 128 to 768 wide, one thread and two). Where matrix products have
+        hardware of their own, nothing sparse comes near them.
         """
-        if device.type != "cpu":
+        if device.type != "cpu" or self.dense:
             return False
-        feature = 90 + (40 + 17 * self.length if self.bank else 0)
-        sparse = 8 * sum(self.counts) + feature * (self.features + self.in_features)
+        sparse = 8 * entries + 90 * (out_features + self.in_features)
         return sparse < out_features * self.in_features
 
 
@@ -83,10 +76,6 @@ class Index:
     Args:
         left: `[k]`, the transformed output feature that a number belongs to.
         right: `[k]`, the transformed input feature.
-        crow: `[features + 1]`, with `column` the pairs `(left, right)` as a sparse matrix, row by
-            row: where each row begins.
-        column: `[k]`, `right` in that order.
-        back: `[k]`, where in that order each number is.
         touched: `[u]`, flat places of the weight that some number changes, each once.
         slot: `[e]`, for each pair of a number and a place it changes: which of `touched`.
         source: `[e]`, which number.
@@ -95,9 +84,6 @@ class Index:
 
     left: Tensor
     right: Tensor
-    crow: Tensor
-    column: Tensor
-    back: Tensor
     touched: Tensor
     slot: Tensor
     source: Tensor
@@ -118,8 +104,9 @@ def index_places(places: Tensor, form: Form, dtype: torch.dtype) -> Index:
         dtype: of the taps.
 
     Returns:
-        The index, on the CPU; `touched` and what follows are empty where `form.dense`.
+        The index, on the CPU; the last four are empty where `form.dense`.
     """
+    _hear_torch_out()
     places = places.detach().cpu().long()
     lefts, rights, flats, taps, sources = [], [], [], [], []
     before = offset = 0
@@ -155,30 +142,22 @@ def index_places(places: Tensor, form: Form, dtype: torch.dtype) -> Index:
         sources.append(numbers[:, None, None].expand_as(inside)[inside])
     nothing = [torch.zeros(0, dtype=torch.int64)]
     touched, slot = torch.unique(torch.cat(flats or nothing), return_inverse=True)
-    left, right = torch.cat(lefts), torch.cat(rights)
-    order = (left * int(right.max() + 1) + right).argsort()
-    ends = left.bincount(minlength=form.features).cumsum(0)
-    index = Index(
-        left,
-        right,
-        torch.cat([ends.new_zeros(1), ends]),
-        right[order],
-        order.argsort(),
+    return Index(
+        torch.cat(lefts),
+        torch.cat(rights),
         touched,
         slot,
         torch.cat(sources or nothing),
         torch.cat(taps or nothing).to(dtype),
     )
+
+
+@lru_cache(maxsize=1)
+def _hear_torch_out() -> None:
+    """Let torch say, once per process and to nobody, that its sparse tensors are in beta."""
     with warnings.catch_warnings():
-        # Once per process torch remarks that its sparse tensors are in beta: here, unheard.
         warnings.simplefilter("ignore")
-        _csr(
-            index,
-            torch.zeros(len(left), dtype=dtype),
-            (form.features, int(right.max()) + 1),
-            check=True,
-        )
-    return index
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), device="cpu", check_invariants=False)
 
 
 def _reach(place: Tensor, high: Tensor, bank: Bank) -> tuple[Tensor, Tensor]:
@@ -252,17 +231,13 @@ def _by_matrix(form: Form, index: Index, values: Tensor) -> list[tuple[int, Tens
 def values_gradient(x: Tensor, dy: Tensor, values: Tensor, index: Index, form: Form) -> Tensor:
     """Return the gradient of the `k` numbers, `[k]`.
 
-    For input `x` `[n, d]` and output gradient `dy` `[n, o]`, with `X̃`, `Ỹ` their transforms along
-    the features, the gradient of the number at `(left, right)` is `Σ_n Ỹ[n, left] X̃[n, right]`.
+    For input `x` `[n, d]` and output gradient `dy` `[n, o]` the gradient of the weight is `dyᵀ x`.
+    A number's is the sum over the entries it changes, each times its tap; or, where nearly all
+    entries change, what the transposed transform makes of the whole.
     """
-    # A compiler has no sparse products, and autograd no second derivative of them.
-    plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-    if plain and form.sampled(x.device, dy.shape[1]):
-        return _sampled(x, dy, values, index, form)
-    dense = dy.t() @ x
     if form.dense:
         assert form.bank is not None
-        parts = []
+        dense, parts = dy.t() @ x, []
         for (start, stop), (_, place, _) in zip(
             form.rows, _by_matrix(form, index, values), strict=True
         ):
@@ -270,28 +245,30 @@ def values_gradient(x: Tensor, dy: Tensor, values: Tensor, index: Index, form: F
             grid = synthesis_adjoint(grid, form.bank, 1)
             parts.append(grid.reshape(-1).index_select(0, place))
         return torch.cat(parts)
-    entries = dense.reshape(-1).index_select(0, index.touched).to(values.dtype)
+    # A compiler has no sparse products, and autograd no second derivative of them.
+    plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    if plain and form.sampled(x.device, index.touched.shape[0], dy.shape[1]):
+        entries = _sampled(x, dy, index.touched, values.dtype)
+    else:
+        entries = (dy.t() @ x).reshape(-1).index_select(0, index.touched).to(values.dtype)
     pulled = entries.index_select(0, index.slot) * index.taps
     return torch.zeros_like(values).index_add(0, index.source, pulled)
 
 
-def _sampled(x: Tensor, dy: Tensor, values: Tensor, index: Index, form: Form) -> Tensor:
-    total = torch.zeros_like(values)
+def _sampled(x: Tensor, dy: Tensor, touched: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the entries of `dyᵀ x` at the sorted flat places `touched`."""
+    shape = (dy.shape[1], x.shape[1])
+    row, column = touched // shape[1], touched % shape[1]
+    crow = torch.zeros(shape[0] + 1, dtype=torch.int64)
+    crow[1:] = row.bincount(minlength=shape[0]).cumsum(0)
+    total = torch.zeros(len(touched), dtype=dtype)
+    held = torch.sparse_csr_tensor(crow, column, total, shape, check_invariants=False)
     for begin in range(0, x.shape[0], CHUNK):
         # Features first: the dot products then run along memory.
-        right = x[begin : begin + CHUNK].t().to(values.dtype).contiguous()
-        left = dy[begin : begin + CHUNK, : dy.shape[1] if form.bank else form.features]
-        left = left.t().to(values.dtype).contiguous()
-        if form.bank is not None:
-            right = synthesis_adjoint(right, form.bank, 0)
-            left = torch.cat([synthesis_adjoint(left[a:b], form.bank, 0) for a, b in form.rows])
-        held = _csr(index, total, (left.shape[0], right.shape[0]))
-        total = torch.sparse.sampled_addmm(held, left, right.t()).values()
-    return total.index_select(0, index.back)
-
-
-def _csr(index: Index, values: Tensor, shape: tuple[int, int], check: bool = False) -> Tensor:
-    return torch.sparse_csr_tensor(index.crow, index.column, values, shape, check_invariants=check)
+        left = dy[begin : begin + CHUNK].t().to(dtype).contiguous()
+        right = x[begin : begin + CHUNK].t().to(dtype).contiguous()
+        held = torch.sparse.sampled_addmm(held, left, right.t())
+    return held.values()
 
 
 class SparseLinear(torch.autograd.Function):
