@@ -162,20 +162,41 @@ def core_spread(model: nn.Module) -> float | None:
     return float(torch.cat([m.flatten() for m in moved]).square().mean().sqrt()) if moved else None
 
 
-def main() -> None:
-    """Run the experiment."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str, train: int, epochs: int) -> argparse.ArgumentParser:
+    """Return the arguments that experiments on a folder of real images share.
+
+    Args:
+        description: of the experiment.
+        train: default number of training images.
+        epochs: default number of epochs.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--backbone", default="vit_tiny_patch16_224")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=train)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--bf16", action="store_true")
+    return parser
+
+
+def split(
+    labels: np.ndarray, patients: np.ndarray, seed: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of `count` training images, and of the test images, of other patients."""
+    folds = StratifiedGroupKFold(2, shuffle=True, random_state=seed)
+    pool, test = next(folds.split(labels, labels, patients))
+    return np.random.default_rng(seed).permutation(pool)[:count], test
+
+
+def main() -> None:
+    """Run the experiment."""
+    parser = arguments(__doc__.splitlines()[0], train=300, epochs=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--blocks", type=int, default=4, help="upper blocks that are adapted")
-    parser.add_argument("--train", type=int, default=300)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     files, labels, patients = read_set(args.data)
     count = int(labels.max()) + 1
@@ -186,9 +207,7 @@ def main() -> None:
     tokens = lower_tokens(base, [load_tensor(file, spec) for file in files], lower)
     done = json.loads(args.out.read_text()) if args.out.exists() else []
     for seed in args.seeds:
-        folds = StratifiedGroupKFold(2, shuffle=True, random_state=seed)
-        pool, test = next(folds.split(labels, labels, patients))
-        chosen = np.random.default_rng(seed).permutation(pool)[: args.train]
+        chosen, test = split(labels, patients, seed, args.train)
         for name in args.options:
             key = {"data": args.data.name, "seed": seed, "option": name}
             if any(all(row[k] == v for k, v in key.items()) for row in done):

@@ -12,16 +12,12 @@ there already are not run again.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
-from defaults import auc_macro, read_set, train
-from sklearn.model_selection import StratifiedGroupKFold
+from defaults import arguments, auc_macro, read_set, split, train
 
 import wara
 from wara.adapters import METHODS
@@ -51,19 +47,11 @@ LR_CORE = 5e-2
 
 def main() -> None:
     """Run the experiment."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__.splitlines()[0], train=256, epochs=8)
     parser.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))
     parser.add_argument("--rates", type=float, nargs="+", help="in place of those of the script")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--size", type=int, default=112)
-    parser.add_argument("--train", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     files, labels, patients = read_set(args.data)
     count = int(labels.max()) + 1
@@ -76,9 +64,7 @@ def main() -> None:
     setting = {key: getattr(args, key) for key in ("backbone", "size", "epochs", "batch", "bf16")}
     done = json.loads(args.out.read_text()) if args.out.exists() else []
     for seed in args.seeds:
-        folds = StratifiedGroupKFold(2, shuffle=True, random_state=seed)
-        pool, test = next(folds.split(labels, labels, patients))
-        chosen = np.random.default_rng(seed).permutation(pool)[: args.train]
+        chosen, test = split(labels, patients, seed, args.train)
         for name in args.methods:
             for rate in args.rates or RATES[name]:
                 key = {"data": args.data.name, **setting, "n_train": len(chosen)}

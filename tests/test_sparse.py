@@ -150,13 +150,19 @@ def test_the_way_follows_from_the_size():
     assert not form(384, 384 * 384, 0).dense
 
 
-def test_chunks_of_tokens_add_up():
+def sampled_gradient(tokens):
+    """Return a layer wide enough for the sampled way, input, output gradient, and its numbers'."""
     adapted = layer((384, 384), "haar", k=40)
     assert adapted.adapter.form.sampled(torch.device("cpu"), 160, 384)
-    x, g = torch.randn(600, 384), torch.randn(600, 384)
+    x, g = torch.randn(tokens, 384), torch.randn(tokens, 384)
     adapted(x).backward(g)
-    whole = adapted.adapter.coefficients.grad.clone()
+    gradient = adapted.adapter.coefficients.grad.clone()
     adapted.adapter.coefficients.grad = None
+    return adapted, x, g, gradient
+
+
+def test_chunks_of_tokens_add_up():
+    adapted, x, g, whole = sampled_gradient(tokens=600)
     for part in (slice(0, 100), slice(100, 600)):
         adapted(x[part]).backward(g[part])
     torch.testing.assert_close(adapted.adapter.coefficients.grad, whole, rtol=1e-4, atol=1e-2)
@@ -456,12 +462,7 @@ def test_a_place_that_occurs_twice_is_refused():
 
 
 def test_compiled_it_takes_the_dense_way_and_agrees():
-    adapted = layer((384, 384), "haar", k=40)
-    assert adapted.adapter.form.sampled(torch.device("cpu"), 160, 384)
-    x, g = torch.randn(5, 384), torch.randn(5, 384)
-    adapted(x).backward(g)
-    expected = adapted.adapter.coefficients.grad.clone()
-    adapted.adapter.coefficients.grad = None
+    adapted, x, g, expected = sampled_gradient(tokens=5)
     torch.compile(adapted, backend="aot_eager", fullgraph=True)(x).backward(g)
     torch.testing.assert_close(adapted.adapter.coefficients.grad, expected, rtol=1e-4, atol=1e-3)
 

@@ -315,10 +315,11 @@ def singular_values(
     few = len(layers) <= len(PALETTE)
     fig = _figure(max(2.3 * across, 4.0) + 1.6, 2.2 * down + 0.7)
     axes = fig.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    panels = list(zip(axes.flat[: len(bands)], bands, strict=True))
     shade = colormaps["viridis"]
     for i, name in enumerate(layers):
         look = _line(i) if few else {"color": shade(i / (len(layers) - 1)), "linewidth": 0.9}
-        for ax, band in zip(axes.flat, bands, strict=False):
+        for ax, band in panels:
             found = np.sort(np.asarray(values[name].get(band, ()), dtype=np.float64))[::-1]
             found = np.where(found > 0, found, np.nan)
             ax.plot(
@@ -329,7 +330,7 @@ def singular_values(
                 label=_text(name),
                 **look,
             )
-    for ax, band in zip(axes.flat, bands, strict=False):
+    for ax, band in panels:
         ax.set_title(_text(band), fontsize=9)
         ax.grid(alpha=0.25)
         ax.set_yscale("log")
