@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import (
     average_precision_score,
@@ -250,6 +250,9 @@ def reliability(
     top.grid(alpha=0.25)
     bottom.bar(middles, table.count, width=1 / len(middles), color=PALETTE[0], edgecolor="white")
     bottom.set_yscale("log")
+    # From below 1, so that a power of ten is in sight; labels between them would overlap.
+    bottom.set_ylim(bottom=0.7)
+    bottom.yaxis.set_minor_formatter(NullFormatter())
     bottom.set(xlabel="predicted probability" + ("" if pooled else " of the top class"))
     bottom.set_ylabel("predictions" if pooled else "images")
     return _save(fig, path, synthetic)
