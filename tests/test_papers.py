@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import importlib
@@ -11,11 +12,15 @@ import json
 import math
 import struct
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pywt
+import scipy.linalg
 import scipy.optimize
+import scipy.special
 import torch
 from training_helpers import CLASSES, tiny_config
 
@@ -43,6 +48,21 @@ def script(name: str):
 
 def stored(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())["result"]
+
+
+def documented() -> str:
+    return (PAPERS.parents[1] / "docs" / "papers.md").read_text()
+
+
+def adam(gradient, start: np.ndarray, rates) -> np.ndarray:
+    """Adam as its paper writes it, a step per rate, for a function of step and values."""
+    values, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    for t, rate in enumerate(rates, 1):
+        g = gradient(t - 1, values)
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+        root = np.sqrt(second / (1 - 0.999**t)) + 1e-8
+        values = values - rate * first / (1 - 0.9**t) / root
+    return values
 
 
 # -- rank ----------------------------------------------------------------------------------
@@ -116,25 +136,93 @@ def fixed_point(c: float) -> float:
     return x
 
 
+def test_lemma_1_is_the_share_of_matrices_without_an_empty_line():
+    rank, rng, n = script("waveft_rank"), np.random.default_rng(0), 400
+    for c in (-0.5, 0.5, 1.5):
+        k = round(n * (math.log(n) + c))
+        assert rank.lemma1((n, n), k) == pytest.approx(math.exp(-2 * math.exp(-c)), abs=2e-3)
+        full = {(n, n): 0, (n, 3 * n): 0}
+        for shape in full:
+            for _ in range(400):
+                flat = rng.choice(n * shape[1], k, replace=False)
+                rows, columns = len(set(flat // shape[1])), len(set(flat % shape[1]))
+                full[shape] += rows == n and (columns == n or shape[1] > n)
+        for shape, count in full.items():
+            assert rank.no_empty_line(shape, k) == pytest.approx(count / 400, abs=0.08)
+        assert rank.lemma1((n, n), k) == pytest.approx(rank.no_empty_line((n, n), k), abs=0.03)
+        # Of other shapes more have full rank than the lemma says, as the paper remarks.
+        assert rank.lemma1((n, 3 * n), k) < rank.no_empty_line((n, 3 * n), k)
+
+
+def test_lemma_2_holds_of_lora_and_of_no_sparse_update():
+    rank, tools = script("waveft_rank"), script("paper_tools")
+    for r in (1, 3):
+        found = rank.bottleneck((20, 30), r)
+        assert found["rank"] == found["found"] == r
+        assert found["outside_span_of_b"] < 1e-12 and found["left_in_kernel_of_a"] < 1e-12
+    # By SciPy's bases: nothing of LoRA's update is left, much of a sparse one.
+    torch.manual_seed(0)
+    model = tools.zero_layer(wara.LoRA(rank=3, targets=("*",)), (20, 30), torch.float64)
+    up, down = (model[0].adapter.up.detach(), model[0].adapter.down.detach())
+    torch.nn.init.normal_(model[0].adapter.up)
+    sparse = SHiRA(k=150, init="gaussian", targets=("*",))
+    for update, left in (
+        (tools.update_of(model).numpy(), 0.0),
+        (tools.update_of(tools.zero_layer(sparse, (20, 30), torch.float64)).numpy(), 0.5),
+    ):
+        kernel = np.linalg.norm(update @ scipy.linalg.null_space(down.numpy()))
+        image = np.linalg.norm(scipy.linalg.null_space(up.numpy().T).T @ update)
+        whole = np.linalg.norm(update)
+        assert (kernel < 1e-10 and image < 1e-10) if not left else min(kernel, image) > left * whole
+
+
+def test_ranks_by_wavelet_are_those_of_pywavelets():
+    rank = script("waveft_rank")
+    found = rank.families((24, 24), 1)
+    places = rank.draw_places((24, 24), 48, 0).numpy()
+    torch.manual_seed(0)
+    values = script("paper_tools").trained(
+        script("paper_tools").zero_layer(
+            WaveFT(k=48, init="gaussian", targets=("*",)), (24, 24), torch.float64
+        )
+    )[0]
+    grid = np.zeros((24, 24))
+    grid[tuple(places)] = values.detach().numpy()
+    ll, lh, hl, hh = grid[:12, :12], grid[:12, 12:], grid[12:, :12], grid[12:, 12:]
+    update = pywt.idwt2((ll, (lh, hl, hh)), "haar", mode="zero")
+    assert found["update"]["haar"] == np.linalg.matrix_rank(update)
+    assert found["coefficients"] == np.linalg.matrix_rank(grid)
+    assert found["update"]["db2"] == found["update"]["sym2"]  # one wavelet with two names
+    assert set(found["update"]) == {"haar", "db2", "db3", "coif1", "coif2", "sym2", "sym3", "sym4"}
+
+
 def test_rank_script_finds_where_full_rank_begins(tmp_path):
     rank = script("waveft_rank")
-    result = rank.main(["--shapes", "24x24", "16x40", "--seeds", "3", "--out", str(tmp_path)])
+    arguments = ["--shapes", "24x24", "16x40", "--seeds", "3", "--draws", "60"]
+    result = rank.main([*arguments, "--out", str(tmp_path)])
     for one in result["shapes"]:
-        most = min(one["shape"])
+        most, full = min(one["shape"]), one["full_rank"]
         for name in ("shira", "waveft"):
-            at = one["full_rank"][name]
+            at = full[name]
             assert (at["seed0_by_svd"], at["seed0_one_less_by_svd"]) == (most, most - 1)
+            assert at["q05_lora_r1"] < at["median_lora_r1"] < at["q95_lora_r1"]
             means = [row[name]["mean"] for row in one["rows"]]
             assert means == sorted(means)  # the places of a smaller k are among a larger's
+            shape = tuple(one["shape"])
+            for row in full["shares"][::5]:  # draw by draw, without the bisection
+                places = [rank.places_of(name, shape, row["k"], seed) for seed in range(60)]
+                assert row[name] == np.mean([rank.matching(p, shape) == most for p in places])
     assert (tmp_path / "waveft_rank.png").stat().st_size > 5000
-    assert json.loads((tmp_path / "waveft_rank.json").read_text())["setting"]["seeds"] == 3
+    setting = json.loads((tmp_path / "waveft_rank.json").read_text())["setting"]
+    assert (setting["seeds"], setting["draws"]) == (3, 60)
 
 
 def test_stored_ranks_say_what_the_docs_say():
-    shapes = {tuple(one["shape"]): one for one in stored("waveft_rank")["shapes"]}
+    result, text = stored("waveft_rank"), documented()
+    shapes = {tuple(one["shape"]): one for one in result["shapes"]}
     assert set(shapes) == {(640, 640), (1280, 1280), (640, 2048), (1280, 2048)}
-    for one in shapes.values():
-        most = min(one["shape"])
+    for shape, one in shapes.items():
+        most, full = min(one["shape"]), one["full_rank"]
         for row in one["rows"]:
             for name in ("shira", "waveft"):
                 found = row[name]
@@ -143,10 +231,44 @@ def test_stored_ranks_say_what_the_docs_say():
                 # The theorem is about infinitely many rows; a thousand are near.
                 assert abs(row["asymptotic"] - found["mean"]) < 0.01 * most
                 if row["lora_r1"] == 3:
-                    assert found["seed0_by_svd"] is not None and found["mean"] > 0.99 * most
+                    assert found["seed0_by_svd"] is not None and found["mean"] > 0.995 * most
+        shares = {row["at"]: row for row in full["shares"]}
+        names = " x ".join(map(str, shape))
         for name in ("shira", "waveft"):
-            full = one["full_rank"][name]
-            assert (full["seed0_by_svd"], full["seed0_one_less_by_svd"]) == (most, most - 1)
+            at = full[name]
+            assert (at["seed0_by_svd"], at["seed0_one_less_by_svd"]) == (most, most - 1)
+            percent = {row["lora_r1"]: 100 * row[name]["mean"] / most for row in one["rows"]}
+            cells = " | ".join(f"{percent[b]:.1f}" for b in (0.1, 0.5, 1, 2, 3, 4))
+            quantiles = "{median_lora_r1:.1f} ({q05_lora_r1:.1f} to {q95_lora_r1:.1f})".format(**at)
+            assert f"| {names} | {name} | {cells} | {quantiles} |" in text
+        for row in full["shares"]:
+            for name in ("shira", "waveft"):
+                error = 4 * math.sqrt(max(row["no_empty_line"] * (1 - row["no_empty_line"]), 1e-3)
+                                      / full["draws"])  # fmt: skip
+                assert abs(row[name] - row["no_empty_line"]) < error + 0.02
+                if shape[0] < shape[1]:
+                    assert row[name] > row["lemma1"] - error
+        for at in ("c = -1", "c = 0", "c = 1", "c = 2", "rank 3", "rank 4"):
+            row = shares[at]
+            keys = ("lemma1", "no_empty_line", "shira", "waveft")
+            cells = [f"{100 * row[key]:.1f}" for key in keys]
+            budget = f"{row['lora_r1']:.2f}"
+            assert f"| {names} | {at} | {budget} | {' | '.join(cells)} |" in text
+        for row in one["lora"]:
+            assert row["found"] == row["rank"]
+            assert max(row["outside_span_of_b"], row["left_in_kernel_of_a"]) < 1e-14
+    # Fig. 3: full rank at the size of rank 3 is what Lemma 1 itself excludes for square matrices.
+    for shape in ((640, 640), (1280, 1280)):
+        (row,) = [r for r in shapes[shape]["full_rank"]["shares"] if r["at"] == "rank 3"]
+        assert max(row["lemma1"], row["shira"], row["waveft"]) < 0.05
+        for name in ("shira", "waveft"):  # and the lemma holds of them
+            rows = shapes[shape]["full_rank"]["shares"]
+            assert max(abs(row[name] - row["lemma1"]) for row in rows) < 0.03
+    for one in result["families"]:
+        found = one["update"].values()
+        words = f"`C` has rank {one['coefficients']}, the update {min(found)} to {max(found)}"
+        assert f"rank {one['lora_r1']:g}'s size {words}" in text
+        assert max(abs(r - one["coefficients"]) for r in one["update"].values()) <= 8
 
 
 # -- interpolation -------------------------------------------------------------------------

@@ -1,9 +1,13 @@
-"""WaveFT (arXiv 2505.12532), Fig. 3 and Lemma 1: the rank of an update with `k` random places.
+"""WaveFT (arXiv 2505.12532), §4, Fig. 3, Lemmas 1 and 2: the rank of an update of `k` numbers.
 
     python benchmarks/papers/waveft_rank.py
 
 For the shapes of SDXL's attention layers: rank of `C` (SHiRA) and of `IDWT2(C)` (WaveFT) by
-singular values, against what theory says of it.
+singular values, against what theory says of it; the share of draws that have full rank, against
+Lemma 1; image and kernel of LoRA's update, against Lemma 2.
+
+Lemma 1: of `n × n` matrices with `k = n (ln n + c)` random places, the share `exp(-2 exp(-c))` has
+full rank as `n` grows. It is a limit and bounds nothing at a given `n`.
 
 With values of a continuous distribution the rank of `C` is, with probability 1, its structural
 rank: the largest number of places of which no two share a row or a column. For Haar and even sides
@@ -25,14 +29,20 @@ from paper_tools import ANY, RESULTS, figure, update_of, write_figure, write_res
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import structural_rank
 
-from wara.adapters import SHiRA, WaveFT
+from wara.adapters import LoRA, SHiRA, WaveFT
+from wara.adapters.lora import LoRALayer
 from wara.adapters.sparse import draw_places
+from wara.adapters.targets import adapted_layers
 
 Shape = tuple[int, int]
 SHAPES: tuple[Shape, ...] = ((640, 640), (1280, 1280), (640, 2048), (1280, 2048))
 """`(o, d)` of q, k, v, o of self-attention and of k, v of cross-attention."""
 METHODS: dict[str, Any] = {"shira": SHiRA, "waveft": WaveFT}
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5)
+EXCESS = tuple(c / 4 for c in range(-8, 13))
+"""Values of Lemma 1's `c`."""
+FAMILIES = ("haar", "db2", "db3", "coif1", "coif2", "sym2", "sym3", "sym4")
+"""Wavelets of the paper's Table 1; `db1` is Haar."""
 
 
 def numerical_rank(matrix: torch.Tensor) -> int:
@@ -122,22 +132,106 @@ def full_rank_at(name: str, shape: Shape, seed: int) -> int:
     return high
 
 
-def half_of_all(shape: Shape) -> int:
-    """Return the `k` at which half of all matrices have no empty line of the shorter side(s).
+def lemma1(shape: Shape, k: int) -> float:
+    """Return Lemma 1's limit for the share of full rank, `n` the shorter side.
 
-    The last obstacle to full rank are empty rows and columns, Poisson many.
+    The paper uses it for `m × n` matrices too, of which it says the share is higher.
+    """
+    n = min(shape)
+    return math.exp(-2 * math.exp(math.log(n) - k / n))
+
+
+def no_empty_line(shape: Shape, k: int) -> float:
+    """Return the chance that no row or column that full rank needs is empty (they are Poisson).
+
+    The last obstacles to full rank are empty lines of the shorter side, or of either side of a
+    square matrix. For that the limit is Lemma 1's; for other shapes it is the square root of it.
     """
     o, d = shape
-    low, high = 1, o * d
-    while high - low > 1:
-        k = (low + high) // 2
-        empty = sum(empty_lines(n, m, k) for n, m in ((o, d), (d, o)) if n == min(shape))
-        low, high = (k, high) if empty > math.log(2) else (low, k)
-    return high
+    return math.exp(-sum(empty_lines(n, m, k) for n, m in ((o, d), (d, o)) if n == min(shape)))
+
+
+def full_rank(shape: Shape, draws: int) -> dict[str, object]:
+    """Return where full rank begins, over many draws, and Lemma 1's share beside the share found.
+
+    Singular values confirm it for the first draw.
+    """
+    unit, n = sum(shape), min(shape)
+    first: dict[str, list[int]] = {name: [] for name in METHODS}
+    for seed in range(draws):
+        for name in METHODS:
+            first[name].append(full_rank_at(name, shape, seed))
+    budgets = {f"c = {c:g}": round(n * (math.log(n) + c)) for c in EXCESS}
+    budgets |= {f"rank {r}": r * unit for r in (1, 2, 3, 4, 5)}
+    shares = [
+        {
+            "at": at,
+            "k": k,
+            "lora_r1": k / unit,
+            "lemma1": lemma1(shape, k),
+            "no_empty_line": no_empty_line(shape, k),
+            **{name: float(np.mean(np.array(first[name]) <= k)) for name in METHODS},
+        }
+        for at, k in budgets.items()
+    ]
+    found: dict[str, object] = {"draws": draws, "shares": shares}
+    for name, each in first.items():
+        low, median, high = np.quantile(each, (0.05, 0.5, 0.95)) / unit
+        found[name] = {
+            "median_lora_r1": float(median),
+            "q05_lora_r1": float(low),
+            "q95_lora_r1": float(high),
+            "seed0_by_svd": measured_rank(name, shape, each[0], 0),
+            "seed0_one_less_by_svd": measured_rank(name, shape, each[0] - 1, 0),
+        }
+    return found
+
+
+def bottleneck(shape: Shape, rank: int) -> dict[str, float]:
+    """Return what Lemma 2 says is 0 for LoRA's update with random factors, and its rank.
+
+    Returns:
+        Share of the update outside the span of `B`'s columns; share of it that is left for inputs
+        orthogonal to the rows of `A`; rank by singular values.
+    """
+    torch.manual_seed(0)
+    model = zero_layer(LoRA(rank=rank, alpha=rank, targets=ANY), shape, torch.float64)
+    (layer,) = adapted_layers(model).values()
+    adapter = layer.adapter
+    assert isinstance(adapter, LoRALayer)
+    torch.nn.init.normal_(adapter.up)
+    update = update_of(model)
+    span = torch.linalg.qr(adapter.up.detach())[0]
+    seen = torch.linalg.qr(adapter.down.detach().T)[0]
+    outside = update - span @ (span.T @ update)
+    unseen = update - update @ seen @ seen.T
+    size = update.norm()
+    return {
+        "rank": rank,
+        "found": numerical_rank(update),
+        "outside_span_of_b": float(outside.norm() / size),
+        "left_in_kernel_of_a": float(unseen.norm() / size),
+    }
+
+
+def families(shape: Shape, budget: float) -> dict[str, object]:
+    """Return the rank of `C` and of `IDWT2(C)` by wavelet, for the same places and numbers."""
+    k = round(budget * sum(shape))
+    found = {}
+    for wavelet in FAMILIES:
+        torch.manual_seed(0)
+        method = WaveFT(k=k, seed=0, init="gaussian", wavelet=wavelet, targets=ANY)
+        found[wavelet] = numerical_rank(update_of(zero_layer(method, shape, torch.float64)))
+    return {
+        "shape": list(shape),
+        "lora_r1": budget,
+        "coefficients": matching(places_of("shira", shape, k, 0), shape),
+        "update": found,
+    }
 
 
 def measure(
-    shape: Shape, budgets: tuple[float, ...], seeds: int, svd: list[float]
+    shape: Shape, budgets: tuple[float, ...], seeds: int, draws: int, svd: list[float]
 ) -> dict[str, object]:
     """Return all numbers for a shape; singular values at the budgets `svd`."""
     unit, rows = sum(shape), []
@@ -162,26 +256,19 @@ def measure(
             }
         rows.append(row)
         print(shape, row, flush=True)
-    full: dict[str, object] = {"predicted_lora_r1": half_of_all(shape) / unit, "seeds": seeds}
-    for name in METHODS:
-        each = [full_rank_at(name, shape, seed) for seed in range(seeds)]
-        full[name] = {
-            "k": each,
-            "median_lora_r1": float(np.median(each)) / unit,
-            "low_lora_r1": min(each) / unit,
-            "high_lora_r1": max(each) / unit,
-            "seed0_by_svd": measured_rank(name, shape, each[0], 0),
-            "seed0_one_less_by_svd": measured_rank(name, shape, each[0] - 1, 0),
-        }
-    print(shape, full, flush=True)
-    return {"shape": list(shape), "lora_r1": unit, "rows": rows, "full_rank": full}
+    full, lora = full_rank(shape, draws), [bottleneck(shape, rank) for rank in (1, 3)]
+    print(shape, full, lora, flush=True)
+    return {
+        "shape": list(shape), "lora_r1": unit, "rows": rows, "full_rank": full, "lora": lora
+    }  # fmt: skip
 
 
 def draw(found: list[dict], path: Path) -> None:
-    """Draw rank over `k`, both in units of what they are compared with."""
-    fig = figure(3.1 * len(found), 3.0)
-    panels = fig.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for ax, one in zip(panels, found, strict=True):
+    """Draw the rank, and the share of draws that have full rank, over `k`."""
+    fig = figure(3.1 * len(found), 5.6)
+    panels = fig.subplots(2, len(found), sharex=True, sharey="row", squeeze=False)
+    looks = (("shira", "s", "#009E73"), ("waveft", "x", "#0072B2"))
+    for (ax, below), one in zip(panels.T, found, strict=True):
         most, rows = min(one["shape"]), one["rows"]
         x = np.array([row["lora_r1"] for row in rows])
         for key, style, label in (
@@ -191,14 +278,25 @@ def draw(found: list[dict], path: Path) -> None:
         ):
             ax.plot(x, [row[key] / most for row in rows], style, color="0.5", label=label)
         ax.plot(x, x / most, "--", color="#D55E00", label="LoRA")
-        for name, mark, colour in (("shira", "s", "#009E73"), ("waveft", "x", "#0072B2")):
-            mean = [row[name]["mean"] / most for row in rows]
-            ax.plot(x, mean, mark, color=colour, fillstyle="none", markersize=5, label=name)
-            ax.axvline(one["full_rank"][name]["median_lora_r1"], color=colour, alpha=0.3)
-        ax.set(title=f"{one['shape'][0]} x {one['shape'][1]}", xlabel="k / (d + o)")
+        shares = sorted(one["full_rank"]["shares"], key=lambda row: row["k"])
+        at = [row["lora_r1"] for row in shares]
+        below.plot(at, [row["lemma1"] for row in shares], "-", color="0.3", label="Lemma 1")
+        below.plot(at, [row["no_empty_line"] for row in shares], ":", color="0.3",
+                   label="no empty line")  # fmt: skip
+        below.axvline(3, color="#D55E00", ls="--", lw=1, label="LoRA of rank 3")
+        for name, mark, colour in looks:
+            ax.plot(x, [row[name]["mean"] / most for row in rows], mark, color=colour,
+                    fillstyle="none", markersize=5, label=name)  # fmt: skip
+            below.plot(at, [row[name] for row in shares], mark, color=colour, fillstyle="none",
+                       markersize=4, label=name)  # fmt: skip
+        ax.set(title=f"{one['shape'][0]} x {one['shape'][1]}")
+        below.set(xlabel="k / (d + o)")
         ax.grid(alpha=0.25)
-    panels[0].set_ylabel("rank / full rank")
-    panels[-1].legend(fontsize=7, loc="center right")
+        below.grid(alpha=0.25)
+    panels[0, 0].set_ylabel("rank / full rank")
+    panels[1, 0].set_ylabel("share of draws with full rank")
+    panels[0, -1].legend(fontsize=7, loc="center right")
+    panels[1, 0].legend(fontsize=7, loc="upper left")
     write_figure(fig, path)
 
 
@@ -209,14 +307,17 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         "--shapes", nargs="+", default=[f"{o}x{d}" for o, d in SHAPES], help="even sides"
     )
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=1000, help="for the share of full rank")
     parser.add_argument("--svd", type=float, nargs="*", default=[1, 3], help="budgets, of BUDGETS")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     shapes = [(int(o), int(d)) for o, d in (text.split("x") for text in args.shapes)]
     if any(side % 2 for shape in shapes for side in shape):
         parser.error("an odd side has more coefficients than entries; give even ones")
-    found = [measure(shape, BUDGETS, args.seeds, args.svd) for shape in shapes]
-    result: dict[str, object] = {"shapes": found}
+    found = [measure(shape, BUDGETS, args.seeds, args.draws, args.svd) for shape in shapes]
+    result: dict[str, object] = {
+        "shapes": found, "families": [families(shapes[0], budget) for budget in args.svd]
+    }  # fmt: skip
     write_result(args.out / "waveft_rank.json", vars(args), result)
     draw(found, args.out / "waveft_rank.png")
     return result
