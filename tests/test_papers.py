@@ -298,7 +298,34 @@ def test_least_loss_of_a_sparse_update_is_that_of_dense_least_squares(name):
     places = fit.draw_places((side, side), k, 2)
     arguments = (places, x, y) if name == "shira" else fit.in_coefficients(places, x, y)
     assert fit.least_sparse(*arguments) == pytest.approx(want, abs=1e-10)
-    assert fit.train(method, x, y, 0, 300) == pytest.approx(want, abs=1e-4)
+    # With λ = 25 also small steps reach what a nearly singular row needs; the least is the same.
+    fast = dataclasses.replace(method, scale=25.0)
+    assert fit.train(fast, x, y, 0) == pytest.approx(want, abs=1e-4)
+    assert want - 1e-7 <= fit.train(method, x, y, 0) <= want + 1e-3
+
+
+def test_interpolation_trains_as_the_paper_says():
+    # A.3: MSE, Adam at 0.01, times 0.75 every 500 epochs, by an Adam and a gradient written here.
+    fit, side, k, epochs = script("waveft_interpolation"), 10, 60, 1200
+    # Targets so far off that no rate or schedule but these ends where these do.
+    inputs, outputs = fit.pairs(side, 5, 3)
+    outputs = 50 * outputs
+    x, y = inputs.numpy(), outputs.numpy()
+    row, column = fit.draw_places((side, side), k, 4).numpy()
+
+    def gradient(_, values):
+        weight = np.zeros((side, side))
+        weight[row, column] = values
+        return (2 / y.size * (x @ weight.T - y).T @ x)[row, column]
+
+    rates = [0.01 * 0.75 ** (t // 500) for t in range(epochs)]
+    weight = np.zeros((side, side))
+    weight[row, column] = adam(gradient, np.zeros(k), rates)
+    want = ((x @ weight.T - y) ** 2).sum() / (y**2).sum()
+    method = SHiRA(k=k, seed=4, targets=("*",))
+    assert 0.2 < want < 0.8
+    assert fit.train(method, inputs, outputs, 0, epochs) == pytest.approx(want, rel=1e-4)
+    assert (fit.EPOCHS, fit.SIDE, fit.PAIRS, fit.SPARSE[-1]) == (5000, 784, 5, 15680)
 
 
 def test_expected_least_loss_is_the_mean_over_draws():
@@ -314,28 +341,119 @@ def test_expected_least_loss_is_the_mean_over_draws():
     assert fit.expected(k, side, 5) == pytest.approx(np.mean(found), abs=0.02)
 
 
+def test_chance_of_too_few_places_is_the_papers_sum_and_what_draws_give():
+    fit = script("waveft_interpolation")
+    found = fit.too_few(784, 5, 15680, 200)
+    total = sum(math.comb(15680, j) * 783 ** (15680 - j) for j in range(5))
+    want = float(Fraction(784 * total, 784**15680))
+    assert found["union_bound_independent"] == pytest.approx(want, rel=1e-9)
+    assert want > 0.013  # the paper says 0.01 or less
+    # Different places, on a small matrix, against draws of the places themselves.
+    small, rng = fit.too_few(20, 3, 160, 4000), np.random.default_rng(1)
+    draws = [rng.choice(400, 160, replace=False) // 20 for _ in range(4000)]
+    share = np.mean([np.bincount(rows, minlength=20).min() < 3 for rows in draws])
+    assert small["counted"] == pytest.approx(share, abs=0.03)
+    assert small["union_bound_different"] >= share - 0.02
+    assert small["union_bound_independent"] >= small["union_bound_different"]
+
+
+def test_columns_that_all_rows_share_are_counted():
+    fit = script("waveft_interpolation")
+    for k in (36, 34, 20):
+        places = set(zip(*fit.draw_places((6, 6), k, 1).tolist(), strict=True))
+        rows = [sum((i, j) in places for i in range(6)) for j in range(6)]
+        want = {"in_all_rows": rows.count(6), "most_rows": max(rows)}
+        assert fit.shared_columns(6, k, 1) == want
+
+
+def test_update_of_lemma_3_reaches_its_targets():
+    fit = script("waveft_interpolation")
+    for rank in (1, 3, 4):
+        found = fit.lemma3(16, 4, rank, 5)
+        assert found["parameters"] == 8 * 4
+        assert found["rank_wanted"] == found["rank_update"] == rank
+        assert found["error"] < 1e-10 and found["outside"] == 0
+    # Not needed: columns that all rows share. Columns of its own serve each row as well.
+    x, y = fit.pairs(16, 4, 0)
+    own = [(i, (i + j) % 16) for i in range(16) for j in range(4)]
+    places = torch.tensor(own).T
+    assert places[1].bincount().max() == 4
+    assert fit.least_sparse(places, x, y) < 1e-20
+
+
 def test_interpolation_script(tmp_path):
     fit = script("waveft_interpolation")
-    arguments = "--side 32 --sparse 32 160 800 --ranks 1 5 --seeds 2 --steps 80".split()
-    result = fit.main([*arguments, "--out", str(tmp_path)])
-    rows = {(row["method"], row["size"]): row for row in result["rows"]}
+    arguments = "--side 32 --sparse 32 160 800 --ranks 1 5 --seeds 2 --draws 100".split()
+    result = fit.main([*arguments, "--epochs", "1500", "--out", str(tmp_path)])
+    rows = {(row["method"], row["size"], row["scale"]): row for row in result["rows"]}
     for row in rows.values():  # nothing is below the least, and training comes near it
-        assert row["loss"]["mean"] >= row["least"]["mean"] - 1e-9
+        assert row["loss"]["mean"] >= row["least"]["mean"] - 1e-7
         assert row["loss"]["mean"] <= row["least"]["mean"] + 0.02
-    assert rows["lora", 1]["least"]["mean"] > 0.3
-    assert rows["lora", 5]["least"]["mean"] < 1e-20
+    assert rows["lora", 1, 1.0]["least"]["mean"] > 0.3
+    assert rows["lora", 5, 1.0]["least"]["mean"] < 1e-20
+    assert {key[2] for key in rows if key[:2] == ("waveft", 800)} == {1.0, 25.0}
+    for (name, _, _), row in rows.items():  # a row with too few places is what leaves a loss
+        if name != "lora":
+            for short, least in zip(row["rows_with_too_few"], row["leasts"], strict=True):
+                assert (short > 0) == (least > 1e-12)
     assert (tmp_path / "waveft_interpolation.png").is_file()
 
 
 def test_stored_interpolation_reaches_zero_where_the_paper_says():
-    result = stored("waveft_interpolation")
-    rows = {(row["method"], row["size"]): row for row in result["rows"]}
+    result, text = stored("waveft_interpolation"), documented()
+    rows = {(row["method"], row["size"], row["scale"]): row for row in result["rows"]}
+    assert result["zero_is_below"] == 1e-6
     for name in ("shira", "waveft"):
-        assert rows[name, 15680]["lora_r1"] == 10
-        assert max(rows[name, 15680]["losses"]) < result["zero_is_below"]
-        assert min(rows[name, 1568]["leasts"]) > 0.5
-        assert result["zero_from"][name] <= 15680
-    assert result["zero_from"]["lora"] == 5 * 2 * 784
+        for scale in (1.0, 25.0):
+            last = rows[name, 15680, scale]
+            assert last["lora_r1"] == 10
+            draws = zip(last["losses"], last["leasts"], last["rows_with_too_few"], strict=True)
+            for loss, least, short in draws:
+                assert (short > 0) == (least > 1e-12)
+                assert loss < 1e-6 or short
+        assert min(rows[name, 1568, 1.0]["leasts"]) > 0.5
+        last = rows[name, 15680, 1.0]
+        assert max(last["losses"]) < 1e-4
+        complete = last["rows_with_too_few"].count(0)
+        assert complete == sum(loss < 1e-6 for loss in last["losses"]) >= 7
+        label = {"shira": "SHiRA", "waveft": "WaveFT"}[name]
+        assert f"{complete} of {len(last['losses'])} draws of {label}" in text
+        for row in rows.values():  # training in the paper's way comes near the least at all sizes
+            assert row["loss"]["mean"] - row["least"]["mean"] < 0.004
+    assert result["zero_from"] == {"lora": 5 * 2 * 784, "shira": 15680, "waveft": None}
+    few = {row["parameters"]: row for row in result["too_few"]}
+    assert few[15680]["union_bound_independent"] > few[15680]["union_bound_different"] > 0.01
+    assert abs(few[15680]["counted"] - few[15680]["union_bound_different"]) < 0.003
+    assert all(draw["in_all_rows"] == 0 for draw in result["shared_columns"])
+    most = [draw["most_rows"] for draw in result["shared_columns"]]
+    # The share of places at which a column is in all rows 5 times out of 784.
+    filled = result["filled_for_shared_columns"]
+    assert 784 * filled**784 == pytest.approx(5, rel=0.01)
+    for words in (
+        f"is {few[15680]['union_bound_independent']:.4f}, for places",
+        f"it is {few[15680]['union_bound_different']:.4f}, and in",
+        f" in {100 * few[15680]['counted']:.2f} % of",
+        f"{min(most)} to {max(most)} of 784 rows",
+        f"{100 * filled:.1f} % of the matrix filled",
+    ):
+        assert words in text
+    assert [row["rank_update"] for row in result["lemma3"]] == [1, 2, 3, 4, 5]
+    assert max(row["error"] for row in result["lemma3"]) < 1e-12
+    sizes = sorted({row["parameters"] for row in result["rows"]})
+    for size in sizes:
+        cells = []
+        for name, each in (("lora", size / 1568), ("shira", size), ("waveft", size)):
+            row = rows.get((name, each, 1.0))
+            cells.append(f"{shown(row['loss'])} ({shown(row['least'])})" if row else "")
+        assert f"| {size:,} | {' | '.join(cells)} |" in text
+
+
+def shown(loss: dict) -> str:
+    """A loss as the docs write it: three places, small ones by a power of ten, none below 1e-6."""
+    mean = loss["mean"]
+    if mean < 1e-6:
+        return "0"
+    return f"{mean:.3f}" if mean >= 5e-4 else f"{mean:.0e}".replace("e-0", "e-")
 
 
 # -- classifier ----------------------------------------------------------------------------
