@@ -517,47 +517,137 @@ def test_classifier_script_on_mnist_files(tmp_path, monkeypatch):
     classifier = script("waveft_classifier")
     mnist_like(tmp_path, packed=True)
     monkeypatch.setattr(classifier, "RANKS", (1,))
-    monkeypatch.setattr(classifier, "FRACTIONS", (0.1, 1.0))
-    monkeypatch.setattr(classifier, "RATES", (0.03,))
-    arguments = ["--mnist", str(tmp_path), "--seeds", "2", "--steps", "60"]
+    monkeypatch.setattr(classifier, "BELOW", (0.1,))
+    arguments = ["--mnist", str(tmp_path), "--seeds", "2"]
     result = classifier.main([*arguments, "--out", str(tmp_path / "out")])
-    rows = {(row["method"], row["lora_r1"]): row for row in result["rows"]}
+    rows = {(row["method"], row["lora_r1"], row["scale"]): row for row in result["rows"]}
+    sparse = itertools.product(("shira", "waveft"), (0.1, 1.0), (1.0, 25.0))
     assert {key: row["parameters"] for key, row in rows.items()} == {
-        ("lora", 1.0): 794,
-        ("shira", 0.1): 79,
-        ("shira", 1.0): 794,
-        ("waveft", 0.1): 79,
-        ("waveft", 1.0): 794,
+        ("lora", 1.0, 1.0): 794,
+        **{key: {0.1: 79, 1.0: 794}[key[1]] for key in sparse},
     }
-    assert rows["shira", 1.0]["accuracy"]["mean"] > 0.6
+    assert rows["shira", 1.0, 1.0]["accuracy"]["mean"] > 0.6
+    for scale in ("1", "25"):
+        assert set(result["by_scale"][scale]["minus_lora"]["shira"]) == {"1.0"}
     written = json.loads((tmp_path / "out" / "waveft_classifier_mnist.json").read_text())
     assert written["setting"]["mnist"] is True and str(tmp_path) not in json.dumps(written)
+
+
+@pytest.mark.parametrize("scale", [1.0, 25.0])
+def test_classifier_trains_as_the_paper_says(scale):
+    # A.2: cross-entropy, batches of 64, Adam at 0.01, halved every 5 epochs, by a softmax
+    # regression written here whose entries are zero but at the places.
+    classifier, tools, epochs = script("waveft_classifier"), script("paper_tools"), 12
+    (x, y), test = classifier.splits(None, 0)
+    x, y = x[:200], y[:200]
+    inputs, targets = x.double().numpy(), np.eye(10)[y.numpy()]
+    row, column = wara.adapters.sparse.draw_places((10, 64), 74, 3).numpy()
+    order = torch.Generator().manual_seed(5)
+    batches = [
+        batch.numpy()
+        for _ in range(epochs)
+        for batch in torch.randperm(200, generator=order).split(64)
+    ]
+    assert [len(batch) for batch in batches[:4]] == [64, 64, 64, 8]
+
+    def weight(values):
+        full = np.zeros((10, 64))
+        full[row, column] = scale * values
+        return full
+
+    def gradient(step, values):
+        batch = batches[step]
+        chances = scipy.special.softmax(inputs[batch] @ weight(values).T, 1)
+        slope = (chances - targets[batch]).T @ inputs[batch] / len(batch)
+        return scale * slope[row, column]
+
+    rates = [0.01 * 0.5 ** (t // 4 // 5) for t in range(len(batches))]
+    want = weight(adam(gradient, np.zeros(74), rates))
+    method = SHiRA(k=74, seed=3, scale=scale, targets=("*",))
+    model = classifier.train(method, (10, 64), (x, y), 5, epochs)
+    np.testing.assert_allclose(tools.update_of(model), want, atol=2e-3 * abs(want).max())
+    assert (classifier.EPOCHS, classifier.RANKS) == (50, (1, 2, 3, 4, 5, 6))
+    hits = (test[0].numpy() @ want.T).argmax(1) == test[1].numpy()
+    assert classifier.accuracy(model, test) == pytest.approx(hits.mean(), abs=0.005)
+
+
+def test_digits_are_split_by_the_seed_alone():
+    classifier = script("waveft_classifier")
+    (x, y), (x_test, y_test) = classifier.splits(None, 1)
+    assert (len(x), len(x_test)) == (1257, 540) and x.min() == 0 and x.max() == 1
+    assert (y.bincount() / 1257 - y_test.bincount() / 540).abs().max() < 0.002
+    assert torch.equal(classifier.splits(None, 1)[0][1], y)
+    assert not torch.equal(classifier.splits(None, 2)[0][1], y)
 
 
 def test_verdict_follows_the_interval():
     verdict = script("waveft_classifier").verdict
 
-    def rows(shira, waveft):
-        return [
-            {"method": name, "lora_r1": 1.0, "accuracies": values}
-            for name, values in (("shira", shira), ("waveft", waveft))
+    def words(shira, waveft, scale=1.0):
+        rows = [
+            {"method": name, "lora_r1": 1.0, "scale": s, "accuracies": values}
+            for name, values, s in (
+                ("shira", shira, scale),
+                ("waveft", waveft, scale),
+                ("lora", [0.5, 0.6, 0.7], 1.0),
+            )
         ]
+        return verdict(rows)["by_scale"][f"{scale:g}"]
 
-    assert verdict(rows([0.9, 0.91, 0.92], [0.8, 0.8, 0.81]))["observation"].startswith("holds")
-    assert "WaveFT is ahead" in verdict(rows([0.8, 0.8, 0.81], [0.9, 0.91, 0.9]))["observation"]
-    assert "not decided" in verdict(rows([0.8, 0.9, 0.85], [0.9, 0.8, 0.86]))["observation"]
+    assert words([0.9, 0.91, 0.92], [0.8, 0.8, 0.81])["observation"] == "SHiRA is ahead"
+    found = words([0.8, 0.8, 0.81], [0.9, 0.91, 0.9], 25.0)
+    assert found["observation"] == "WaveFT is ahead"
+    assert found["minus_lora"]["waveft"]["1.0"]["mean"] == pytest.approx((0.4 + 0.31 + 0.2) / 3)
+    assert "not decided" in words([0.8, 0.9, 0.85], [0.9, 0.8, 0.86])["observation"]
     # By hand: differences 0.1, 0.2 have mean 0.15, sd 0.0707, t(0.975, 1) = 12.706.
-    found = script("paper_tools").interval([0.1, 0.2])
-    assert found["low"] == pytest.approx(0.15 - 12.706 * 0.05, abs=1e-4)
+    interval = script("paper_tools").interval([0.1, 0.2])
+    assert interval["low"] == pytest.approx(0.15 - 12.706 * 0.05, abs=1e-4)
+
+
+def percent(found: dict) -> str:
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def test_stored_classifier_result_is_consistent():
     classifier, result = script("waveft_classifier"), stored("waveft_classifier_digits")
-    again = classifier.verdict(result["rows"])
-    assert again["observation"] == result["observation"]
-    for row in result["rows"]:
+    again = script("paper_tools").rounded(classifier.verdict(result["rows"]))
+    for scale, found in result["by_scale"].items():
+        assert again["by_scale"][scale]["observation"] == found["observation"]
+        for size, difference in found["shira_minus_waveft"].items():
+            mean = again["by_scale"][scale]["shira_minus_waveft"][size]["mean"]
+            assert difference["mean"] == pytest.approx(mean, abs=1e-5)
+    rows = {(row["method"], row["lora_r1"], row["scale"]): row for row in result["rows"]}
+    for row in rows.values():
         wanted = row["lora_r1"] * 74
         assert abs(row["parameters"] - wanted) <= 0.5 and 0 < row["accuracy"]["mean"] < 1
+    text = documented()
+    for scale in (1.0, 25.0):
+        found = result["by_scale"][f"{scale:g}"]
+        assert percent(found["shira_minus_waveft_mean_over_sizes"]) in text
+        for name in ("shira", "waveft"):
+            last = found["minus_lora"][name]["6.0"]
+            ahead = last if scale == 25 else {"mean": -last["mean"], "low": -last["high"],
+                                              "high": -last["low"]}  # fmt: skip
+            assert ahead["low"] > 0 and percent(ahead) in text
+            first = found["minus_lora"][name]
+            assert all(
+                first[f"{r}.0"]["low"] > 0 for r in ((1, 2, 3, 4, 5) if scale == 25 else (1, 2, 3))
+            )
+        fits = [rows[name, 6.0, scale]["training_accuracy"]["mean"] for name in ("shira", "waveft")]
+        assert f"{100 * min(fits):.1f} to {100 * max(fits):.1f} %" in text
+        for size in (*classifier.BELOW, *map(float, classifier.RANKS)):
+            shira, waveft = rows["shira", size, scale], rows["waveft", size, scale]
+            lora = rows.get(("lora", size, 1.0))
+            cells = [
+                f"{size:g}",
+                str(shira["parameters"]),
+                percent(shira["accuracy"]),
+                percent(waveft["accuracy"]),
+                percent(found["shira_minus_waveft"][str(size)]),
+                percent(lora["accuracy"]) if lora else "",
+            ]
+            assert f"| {' | '.join(cells)} |" in text
 
 
 # -- SDXL ----------------------------------------------------------------------------------
