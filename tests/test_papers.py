@@ -669,6 +669,16 @@ def test_sdxl_budget_is_the_papers(tmp_path):
     assert result["methods"]["waveft"]["per_matrix"] == 2592
     assert result["unet_parameters"] == 2_567_463_684  # what diffusers loads for SDXL
     assert stored("sdxl_budget") == json.loads(json.dumps(result))
+    text = documented()
+    for row in result["budgets"]:
+        assert row["wanted"] == round(row["lora_r1"] * 1_451_520)
+        for name in ("shira", "waveft"):  # one number more or less for each of 560 matrices
+            assert abs(row[name] - row["wanted"]) <= 280 and row[name] % 560 == 0
+        # LoRA has whole ranks only; more than a tenth too large is refused.
+        whole = row["lora_r1"] == int(row["lora_r1"])
+        assert (row["lora"] == row["wanted"]) if whole else (row["lora"] in (None, 1_451_520))
+        cells = [f"{row[key]:,}" if row[key] else "none" for key in ("lora", "shira", "waveft")]
+        assert f"| {row['lora_r1']:g} | {row['wanted']:,} | {' | '.join(cells)} |" in text
 
 
 # -- subbands of trained runs --------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""WaveFT (arXiv 2505.12532), §5: the rank-1 budget on SDXL's attention layers is 1.451 M.
+"""WaveFT (arXiv 2505.12532), §5 and A.1.1: the rank-1 budget on SDXL's attention is 1.451 M.
 
     pip install 'wara[papers]'
     python benchmarks/papers/sdxl_budget.py
 
 Builds SDXL's UNet without weights (meta device) from its published configuration, and counts what
 this package would train on q, k, v and o of self- and cross-attention: by the budget's formulas,
-by adapting the model and counting, and by a formula of our own from the configuration alone.
+by adapting the model and counting, and by a formula of our own from the configuration alone. Then
+the budgets of the paper's Tables 2 and 6, 0.8 to 4 times rank 1, and what each method gets of them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from torch import nn
 from wara.adapters import LoRA, Method, SHiRA, WaveFT, adapt, count_parameters, unload
 from wara.adapters.budget import fit
 from wara.adapters.targets import find_targets
+from wara.errors import WaraError
 
 TARGETS = ("*.attn?.to_q", "*.attn?.to_k", "*.attn?.to_v", "*.attn?.to_out.0")
 PAPER = 1_451_000
+BUDGETS = (0.8, 0.9, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Of Table 2, in units of rank 1, and of Table 6, the last."""
 SDXL: dict[str, Any] = {
     "sample_size": 128,
     "in_channels": 4,
@@ -70,6 +74,14 @@ def by_formula(config: dict[str, Any]) -> int:
     return total + depths[-1] * (14 * widths[-1] + 2 * t)  # the middle
 
 
+def size_at(method: Method, model: nn.Module, budget: float) -> int | None:
+    """Return what a method trains at a budget; none where even its smallest size is too large."""
+    try:
+        return fit(method, model, budget)[2]
+    except WaraError:
+        return None
+
+
 def main(arguments: list[str] | None = None) -> dict[str, object]:
     """Count, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -94,6 +106,14 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         }
         unload(model)
     total = by_formula(SDXL)
+    budgets = [
+        {
+            "lora_r1": budget,
+            "wanted": round(budget * total),
+            **{method.name: size_at(method, model, budget) for method in methods},
+        }
+        for budget in BUDGETS
+    ]
     result: dict[str, object] = {
         "unet_parameters": sum(p.numel() for p in model.parameters()),
         "matrices": sum(shapes.values()),
@@ -103,6 +123,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         # The paper gives thousands, not rounded but cut off: rounded it would be 1.452 M.
         "agrees": total // 1000 == PAPER // 1000,
         "methods": counted,
+        "budgets": budgets,
     }
     for key, value in result.items():
         print(key, value)
