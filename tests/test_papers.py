@@ -762,7 +762,7 @@ def test_subbands_refuse_what_is_not_of_the_run(tmp_path):
 
 
 def test_stored_subbands_are_those_of_the_docs():
-    text = (PAPERS.parents[1] / "docs" / "papers.md").read_text()
+    text = documented()
     for run in stored("wara_subbands")["runs"]:
         assert not run["synthetic"] and len(run["energy"]) == 48
         shares = " | ".join(f"{share:.2f}" for share in run["share"].values())
