@@ -23,7 +23,7 @@ from torch import nn
 from wara.adapters.base import AdaptedLinear
 from wara.adapters.lora import LoRALayer
 from wara.adapters.targets import Target
-from wara.adapters.wara import WaRALayer
+from wara.adapters.wara import Tokens, WaRALayer
 from wara.wavelets import SubbandMixer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -40,8 +40,8 @@ def candidates(
     target = Target("qkv", linear, ((0, out),), ("qkv",))
     options = {"rank": rank, "scale": 1.0}
     lora = LoRALayer(target, **options)
-    mixer = SubbandMixer(grid)
-    wara = WaRALayer(target, mixer, core=core, prefix_tokens=1, prefix="adapt", **options)
+    tokens = Tokens(SubbandMixer(grid), prefix_tokens=1, prefix="adapt")
+    wara = WaRALayer(target, tokens, core=core, **options)
     nn.init.normal_(lora.up)
     wara.up = nn.Parameter(lora.up.detach().clone())
     wara.down = nn.Parameter(lora.down.detach().clone())

@@ -29,8 +29,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 
 import wara
-from wara.adapters import method_from_options, parameter_groups
-from wara.adapters.inject import record_of
+from wara.adapters import adaptation_of, method_from_options, parameter_groups
 from wara.backbones import build_backbone
 from wara.images import ImageSpec, load_tensor
 
@@ -108,7 +107,7 @@ def train(
     AdamW with weight decay on all but the cores, clipping, a tenth of the steps as warm-up, cosine.
     """
     groups = parameter_groups(model)
-    method = record_of(model).method
+    method = adaptation_of(model).method
     optimiser = torch.optim.AdamW(
         [
             {"params": groups["adapter"], "lr": lr, "weight_decay": 0.01},

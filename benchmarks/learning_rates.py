@@ -22,7 +22,7 @@ from defaults import arguments, auc_macro, read_set, split, train
 import wara
 from wara.adapters import METHODS
 from wara.backbones import build_backbone
-from wara.images import ImageSpec, load_tensor
+from wara.images import load_tensor
 
 # A factor of about three apart, around what each method's arithmetic suggests.
 RATES: dict[str, list[float]] = {
@@ -42,7 +42,6 @@ RATES: dict[str, list[float]] = {
     "full": [3e-5, 1e-4, 3e-4, 1e-3],
     "linear_probe": [0.0],
 }
-LR_CORE = 5e-2
 
 
 def main() -> None:
@@ -59,8 +58,7 @@ def main() -> None:
         args.backbone, num_classes=count, img_size=args.size, weights=args.weights
     )
     base.eval()
-    spec = ImageSpec(info.img_size, info.mean, info.std, info.interpolation)
-    images = torch.stack([load_tensor(file, spec) for file in files])
+    images = torch.stack([load_tensor(file, info.spec) for file in files])
     setting = {key: getattr(args, key) for key in ("backbone", "size", "epochs", "batch", "bf16")}
     done = json.loads(args.out.read_text()) if args.out.exists() else []
     for seed in args.seeds:
@@ -78,8 +76,8 @@ def main() -> None:
                 model.train()
                 torch.manual_seed(seed)
                 start = time.perf_counter()
-                # Tiny-WaRA trains nothing but cores, so the rate in question is theirs.
-                core = rate if name == "tiny_wara" else LR_CORE
+                # Of Tiny-WaRA, which trains nothing but cores, the rate in question is theirs.
+                core = rate if name == "tiny_wara" else METHODS["wara"].rates["core"]
                 known = torch.from_numpy(labels[chosen])
                 loss = train(model, model, images[chosen], known, lr=rate, lr_core=core, args=args)
                 model.eval()

@@ -53,10 +53,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Return what a finished run reports."""
     found = json.loads((folder / "metrics.json").read_text())
     row = {key: found[key] for key in ("method", "seed", "adapter_params", "head_params")}
-    config = load_config(folder / "config.yaml")
-    # Tiny-WaRA has nothing but cores, the probe nothing but the head.
-    rates = {"tiny_wara": config.lr_core, "linear_probe": config.lr_head}
-    row["lr"] = rates.get(config.adapter.method, config.lr)
+    row["lr"] = load_config(folder / "config.yaml").lr
     return {**row, **{name: found["test"][name] for name in METRICS}}
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import wara
 from wara.adapters import method_from_options
-from wara.adapters.targets import adapted_layers, remove
+from wara.adapters.base import adapted_layers
 
 TARGETS = r"blocks\.\d+\.attn\.(qkv|proj)"
 OURS: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ def _step_by_step(model: Any) -> None:
                 strict=True,
             )
         ]
-        remove(model, name, Stepped(layer.plain(), parts))
+        model.set_submodule(name, Stepped(layer.base, parts))
 
 
 class Stepped(nn.Module):

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import ptwt
 import torch
 from torch import Tensor, nn
+
+from wara.adapters import method_from_options
+from wara.errors import WaraError, WaraErrors
 
 
 def wara_update(
@@ -72,3 +81,27 @@ class StepByStepWaRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.update(x)
+
+
+def option_faults(adapter: dict[str, Any]) -> list[WaraError]:
+    """Return all that is wrong with an `adapter:` section."""
+    try:
+        method_from_options(adapter["method"], {k: v for k, v in adapter.items() if k != "method"})
+    except WaraErrors as errors:
+        return list(errors.errors)
+    except WaraError as error:
+        return [error]
+    return []
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what `adapter_config.json` says, with checksums that agree again."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    tensors = (folder / "adapter_model.safetensors").read_bytes()
+    config["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
+    change(config)
+    del config["sha256"]
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    config["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(config))

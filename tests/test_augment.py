@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from wara.data.augment import PRESETS, build_augment
 from wara.errors import WaraError
+from wara.training.augment import PRESETS, build_augment
 
 ACTIVE = [name for name in PRESETS if name != "off"]
 
@@ -115,7 +115,7 @@ def test_the_library_is_imported_late_and_does_not_call_out():
     code = (
         "import sys, socket\n"
         "def stop(*a, **k): raise SystemExit('network')\n"
-        "import wara.data.augment as augment\n"
+        "import wara.training.augment as augment\n"
         "assert 'albumentations' not in sys.modules\n"
         "socket.getaddrinfo = socket.create_connection = stop\n"
         "import numpy as np\n"

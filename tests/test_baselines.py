@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from oracles import option_faults, reseal
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -27,15 +28,14 @@ from wara.adapters import (
     count_parameters,
     load_adapter_state,
     method_from_options,
-    option_faults,
 )
-from wara.adapters.base import AdapterLayer, Method
-from wara.adapters.baselines import AdaLoRA, allocated_ranks
-from wara.adapters.targets import adapted_layers
+from wara.adapters.base import AdapterLayer, Method, adapted_layers
+from wara.adapters.baselines import AdaLoRA
+from wara.adapters.state import ADAPTATION
 from wara.errors import WaraError
-from wara.training.checkpoints import SafeCheckpointIO
-from wara.training.run import run
+from wara.training.checkpoint import load_checkpoint
 from wara.training.signals import Stopped
+from wara.training.start import run
 from wara.training.task import FineTuning
 
 peft = pytest.importorskip("peft")
@@ -71,6 +71,11 @@ def small_vit() -> VisionTransformer:
     return VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3
     ).eval()
+
+
+def ranks_left(model: nn.Module) -> list[int]:
+    layers: list[Any] = list(adapted_layers(model).values())
+    return [rank for layer in layers for rank in layer.adapter.ranks()]
 
 
 def spec(name: str, **options: Any) -> Method:
@@ -185,9 +190,7 @@ def test_saved_randomness_is_read_and_not_redrawn(name: str, tmp_path: Path) -> 
     expected = model(images())
     wara.save_adapter(model, tmp_path)
     if "seed" in json.loads((tmp_path / "adapter_config.json").read_text())["options"]:
-        config = json.loads((tmp_path / "adapter_config.json").read_text())
-        config["options"]["seed"] = 12345
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        reseal(tmp_path, lambda config: config["options"].update(seed=12345))
     torch.manual_seed(99)
     loaded = wara.load_adapter(copy.deepcopy(base), tmp_path).eval()
     assert torch.equal(loaded(images()), expected)
@@ -311,7 +314,7 @@ def train(
         (loss if penalty is None else loss + penalty).backward()
         optimiser.step()
         method.on_step(model, step, total)
-        log.append(sum(sum(r) for r in allocated_ranks(model).values()))
+        log.append(sum(ranks_left(model)))
 
 
 def test_adalora_takes_ranks_away_and_keeps_them_away() -> None:
@@ -327,7 +330,7 @@ def test_adalora_takes_ranks_away_and_keeps_them_away() -> None:
     falling = log[5:14:2]
     assert falling == sorted(falling, reverse=True) and len(set(falling)) > 2
     assert log[13:] == [2 * matrices] * 7
-    left = [rank for ranks in allocated_ranks(model).values() for rank in ranks]
+    left = ranks_left(model)
     assert len(set(left)) > 1, "an allocation that gives all the same moves nothing"
     # What is off stays off in the merged weight too.
     layer: Any = adapted_layers(model)["blocks.0.attn.proj"]
@@ -472,14 +475,14 @@ def test_adalora_allocates_where_determinism_is_asked_for(
 def test_a_run_moves_ranks_and_resumes_bit_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wara.training.outcome._figures", lambda *_: None)
+    monkeypatch.setattr("wara.runs.results._figures", lambda *_: None)
     adapter = {"method": "adalora", "rank": 2, "delta_t": 1, "dropout": 0.1, "tinit": 0.0}
     configs = [
         tiny_config(tmp_path, epochs=3, adapter=adapter, out=str(tmp_path / name))
         for name in ("whole", "cut")
     ]
     run(configs[0], quiet=True)
-    last = SafeCheckpointIO().load_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt")
+    last = load_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt")
     values = [t for key, t in last["state"].items() if "lora_E" in key]
     assert sum(int(t.count_nonzero()) for t in values) == 2 * len(values)
     assert len({int(t.count_nonzero()) for t in values}) > 1
@@ -497,7 +500,7 @@ def test_a_run_moves_ranks_and_resumes_bit_exactly(
         with pytest.raises(Stopped):
             run(configs[1], quiet=True)
     run(configs[1], resume=True, quiet=True)
-    again = SafeCheckpointIO().load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")
+    again = load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.ckpt")
     for part in ("state", "method"):
         assert last[part].keys() == again[part].keys()
         for key, tensor in last[part].items():
@@ -527,7 +530,7 @@ def test_a_trained_part_is_plain_and_can_be_taken_back(name: str, tmp_path: Path
     stir(model)
     merged = wara.merge(model)
     assert torch.equal(merged(images()), model(images()))
-    assert not hasattr(merged, "wara_record")
+    assert not hasattr(merged, ADAPTATION)
     wara.save_adapter(model, tmp_path / "one")
     stir(model)
     wara.save_adapter(model, tmp_path / "two")
@@ -560,7 +563,7 @@ def test_a_model_without_the_part_is_refused(name: str) -> None:
     with pytest.raises(WaraError, match="no parameters of the kind") as caught:
         wara.adapt(model, spec(name))
     assert caught.value.exit_code == 2
-    assert not hasattr(model, "wara_record")
+    assert not hasattr(model, ADAPTATION)
 
 
 # -- options and the missing extra ----------------------------------------------------------
@@ -607,7 +610,7 @@ def test_missing_extra_is_told_with_the_install_line(
     with pytest.raises(WaraError, match=r"pip install 'wara\[baselines\]'") as caught:
         wara.adapt(model, spec(name))
     assert caught.value.exit_code == 2
-    assert not hasattr(model, "wara_record")
+    assert not hasattr(model, ADAPTATION)
     assert not any(isinstance(module, AdapterLayer) for module in model.modules())
 
 

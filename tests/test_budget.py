@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import timm
 import torch
+from oracles import option_faults
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import wara
-from wara.adapters import METHODS, count_parameters, method_from_options, option_faults
-from wara.adapters.budget import KNOBS, fit, matrices_of, parse_budget
-from wara.adapters.inject import record_of
+from wara.adapters import METHODS, adaptation_of, count_parameters, method_from_options
+from wara.adapters.budget import fit, size_of
+from wara.adapters.targets import parse_budget
 from wara.errors import WaraError
 
 THROUGH_PEFT = {"dora", "adalora", "vera", "loha", "lokr", "fourierft"}
+SIZED = [name for name, method in METHODS.items() if method.knob]
 FIXED = {"linear_probe", "full", "bitfit", "ln_tuning"}
 needs = {
     name: pytest.mark.skipif(
@@ -30,7 +32,7 @@ needs = {
     )
     for name in METHODS
 }
-each = pytest.mark.parametrize("name", [pytest.param(n, marks=needs[n]) for n in KNOBS])
+each = pytest.mark.parametrize("name", [pytest.param(n, marks=needs[n]) for n in SIZED])
 
 
 def small_vit(**options: Any) -> VisionTransformer:
@@ -71,8 +73,8 @@ def test_anything_else_is_refused(text: str) -> None:
 
 
 def test_every_method_has_a_size_to_set_or_a_fixed_one() -> None:
-    assert set(KNOBS) | FIXED == set(METHODS)
-    assert not set(KNOBS) & FIXED
+    assert set(SIZED) | FIXED == set(METHODS)
+    assert not set(SIZED) & FIXED
 
 
 @each
@@ -110,7 +112,7 @@ OPTIONS = [
 def test_sizes_hold_for_other_options(name: str, options: dict[str, Any]) -> None:
     model = small_vit(embed_dim=40, img_size=64)
     method = method_from_options(name, {**options, "targets": ["q", "o", "fc1"]})
-    assert KNOBS[name].size(method, matrices_of(method, model)) == adapter_size(model, method)
+    assert size_of(method, model, method.find(model)) == adapter_size(model, method)
 
 
 @each
@@ -119,11 +121,8 @@ def test_no_neighbour_is_nearer(name: str) -> None:
     for budget in ("3*lora_r1", "lora_r5", "12.5*lora_r1"):
         method: Any = method_from_options(name, {})
         fitted, wanted, got = fit(method, model, budget)
-        matrices = matrices_of(method, model)
-        option = next(
-            o for o in ("coefficients", "init_rank", "k", "n_frequency", "rank")
-            if hasattr(fitted, o)
-        )  # fmt: skip
+        targets = method.find(model)
+        option = method.knob[0]
         value = getattr(fitted, option)
         for other in range(max(1, value - 3), value + 4):
             if option == "init_rank" and other <= fitted.rank:
@@ -131,14 +130,14 @@ def test_no_neighbour_is_nearer(name: str) -> None:
             if name == "tiny_wara" and other > fitted.rank**2:
                 continue
             changed = replace(fitted, **{option: other})
-            size = KNOBS[name].size(changed, matrices)
+            size = size_of(changed, model, targets)
             assert abs(size - wanted) >= abs(got - wanted), (budget, option, other)
 
 
 def test_methods_meet_the_budget_of_a_real_model() -> None:
     model = timm.create_model("vit_tiny_patch16_224")
     wanted = lora_size(model, 4)
-    for name in set(KNOBS) - {"tiny_wara"}:
+    for name in set(SIZED) - {"tiny_wara"}:
         got = fit(METHODS[name](), model, "lora_r4")[2]
         assert got == pytest.approx(wanted, rel=0.13), name
     for name in ("lora", "waveft", "shira"):
@@ -193,7 +192,7 @@ def test_adapt_resolves_the_budget_and_the_folder_holds_the_result(tmp_path: Pat
     model = small_vit()
     base = copy.deepcopy(model)
     wara.adapt(model, wara.WaRA(budget="lora_r6", core="scalar"))
-    record = record_of(model)
+    record = adaptation_of(model)
     wanted = lora_size(base, 6)
     assert record.budget == (wanted, count_parameters(model)["adapter"])
     assert record.method.rank == 6 and record.method.budget is None  # type: ignore[attr-defined]

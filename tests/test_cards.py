@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from wara.cards import Card, MedMNISTSource, PhantomSource, list_cards, load_card
-from wara.config import shipped
 from wara.errors import WaraError, WaraErrors
+from wara.storage import shipped
 
 MEDMNIST = ["retinamnist", "dermamnist", "breastmnist", "pneumoniamnist", "chestmnist"]
 FPT = ["messidor2", "ddr", "isic2016", "isic2018", "mini_ddsm", "cmmd", "covid_cxr", "chncxr"]
@@ -43,7 +43,7 @@ def test_every_shipped_card_says_what_one_must_know(name):
     for field in ("title", "origin", "how_to_get", "licence", "citation", "split", "known_leakage"):
         assert len(getattr(card, field)) > 5, field
     assert all(info.meaning for info in card.classes)
-    from wara.data.augment import PRESETS
+    from wara.training.augment import PRESETS
 
     assert card.augment in PRESETS
     assert card.base is None
@@ -111,12 +111,20 @@ def test_a_card_of_the_users_own(tmp_path):
         ("modality: ultrasound", "modalty: ultrasound", "did you mean 'modality'?"),
         ("kind: folder", "kind: folder, pth: x", "did you mean 'path'?"),
         ("meaning: Nothing", "meening: Nothing", "did you mean 'meaning'?"),
-        ("kind: folder", "kind: foldr", "kind cannot be 'foldr'; "),
-        ("kind: folder", "kind: foldr", "source.kind; did you mean 'folder'?"),
+        (
+            "kind: folder",
+            "kind: foldr",
+            'source.kind should be one of csv, folder, medmnist, phantom, not "foldr"',
+        ),
+        ("kind: folder", "kind: foldr", "line 8; did you mean 'folder'?"),
         ("kind: folder", "kind: tree", "choose one of: csv, folder, medmnist, phantom"),
-        ("kind: folder", "path: x", "source has no 'kind'"),
+        ("kind: folder", "path: x", "'source.kind' is missing"),
         ("source: {kind: folder}", "source: folder", "source should be a section"),
-        ("task: binary", "task: binray", "task cannot be 'binray'; "),
+        (
+            "task: binary",
+            "task: binray",
+            'task should be one of binary, multiclass, multilabel, ordinal, not "binray"',
+        ),
         ("task: binary", "task: binray", "did you mean 'binary'?"),
         ("modality: ultrasound", "modality: ultrasuond", "did you mean 'ultrasound'?"),
         ("modality: ultrasound", "modality: x", "chest_xray, dermoscopy, fundus, mammography"),
@@ -130,7 +138,7 @@ def test_a_card_of_the_users_own(tmp_path):
         ("kind: folder", "kind: folder, patient_pattern: '(a'", "no regular expression"),
         ("kind: folder", "kind: folder, patient_pattern: 'a'", "0 groups"),
         (GOOD, "- a\n- b\n", "key: value"),
-        (GOOD, "a: [", "not a readable card"),
+        (GOOD, "a: [", "not YAML"),
         ("  - {name: no, meaning: Nothing}\n", "", "classes should be a list of at least 2;"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wara.errors import WaraError
-from wara.training.checkpoints import SafeCheckpointIO, digest
+from wara.training.checkpoint import digest, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def content() -> dict:
 
 def test_round_trip_is_exact(tmp_path: Path, content: dict) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint(content, path)
-    back = SafeCheckpointIO().load_checkpoint(path)
+    save_checkpoint(path, content)
+    back = load_checkpoint(path)
     assert back.keys() == content.keys()
     assert torch.equal(back["state"]["a"], content["state"]["a"])
     assert back["half"].dtype == torch.bfloat16
@@ -40,21 +40,20 @@ def test_round_trip_is_exact(tmp_path: Path, content: dict) -> None:
 
 def test_the_file_is_an_ordinary_safe_torch_file(tmp_path: Path, content: dict) -> None:
     path = tmp_path / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint(content, path)
+    save_checkpoint(path, content)
     assert torch.equal(torch.load(path, weights_only=True)["state"]["a"], content["state"]["a"])
 
 
 def test_objects_are_not_saved(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     with pytest.raises(TypeError, match="plain values"):
-        SafeCheckpointIO().save_checkpoint({"path": path}, path)
+        save_checkpoint(path, {"path": path})
     assert not list(tmp_path.iterdir())
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path, content: dict) -> None:
     path = tmp_path / "last.ckpt"
-    io = SafeCheckpointIO()
-    io.save_checkpoint(content, path)
+    save_checkpoint(path, content)
     intact = path.read_bytes()
     wanted, refused = digest(content), 0
     for place in range(0, len(intact), 7):
@@ -62,7 +61,7 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path, content: dict
         damaged[place] ^= 0x40
         path.write_bytes(damaged)
         try:
-            back = io.load_checkpoint(path)
+            back = load_checkpoint(path)
         except WaraError as error:
             assert error.exit_code == 4
             refused += 1
@@ -73,27 +72,27 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path: Path, content: dict
 
 def test_a_changed_tensor_in_a_sound_zip_is_refused(tmp_path: Path, content: dict) -> None:
     path = tmp_path / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint(content, path)
+    save_checkpoint(path, content)
     raw = torch.load(path, weights_only=True)
     raw["state"]["a"][0, 0] += 1e-3
     torch.save(raw, path)
     assert zipfile.ZipFile(path).testzip() is None
     with pytest.raises(WaraError, match="checksum") as caught:
-        SafeCheckpointIO().load_checkpoint(path)
+        load_checkpoint(path)
     assert "--overwrite" in caught.value.remedy
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200, -30])
 def test_truncated_and_foreign_files_are_refused(tmp_path: Path, content: dict, keep: int) -> None:
     path = tmp_path / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint(content, path)
+    save_checkpoint(path, content)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(WaraError) as caught:
-        SafeCheckpointIO().load_checkpoint(path)
+        load_checkpoint(path)
     assert caught.value.exit_code == 4
     torch.save({"state_dict": {}}, path)
     with pytest.raises(WaraError, match="not a wara.checkpoint"):
-        SafeCheckpointIO().load_checkpoint(path)
+        load_checkpoint(path)
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
@@ -103,7 +102,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 
     torch.save({"format": "wara.checkpoint/1", "x": Payload()}, tmp_path / "last.ckpt")
     with pytest.raises(WaraError):
-        SafeCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+        load_checkpoint(tmp_path / "last.ckpt")
     assert not (tmp_path / "owned").exists()
 
 
@@ -111,18 +110,17 @@ def test_a_full_disk_keeps_the_old_checkpoint(
     tmp_path: Path, content: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.ckpt"
-    io = SafeCheckpointIO()
-    io.save_checkpoint(content, path)
+    save_checkpoint(path, content)
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WaraError) as caught:
-        io.save_checkpoint({**content, "epoch": 3}, path)
+        save_checkpoint(path, {**content, "epoch": 3})
     assert caught.value.exit_code == 5 and "space" in caught.value.remedy
     monkeypatch.undo()
-    assert "epoch" not in io.load_checkpoint(path)
+    assert "epoch" not in load_checkpoint(path)
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
@@ -130,9 +128,9 @@ def test_a_disk_that_gives_back_other_bytes_is_refused(
     tmp_path: Path, content: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "last.ckpt"
-    monkeypatch.setattr("wara.training.checkpoints._file_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr("wara.training.checkpoint.file_sha256", lambda path: "0" * 64)
     with pytest.raises(WaraError, match="other bytes"):
-        SafeCheckpointIO().save_checkpoint(content, path)
+        save_checkpoint(path, content)
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import wara
 from wara.adapters import METHODS, adapter_state_dict, count_parameters, method_from_options
-from wara.adapters.targets import adapted_layers
+from wara.adapters.base import adapted_layers
 from wara.errors import WaraError
 
 # By method: names that train, and names that are stored beside them, on every adapted matrix.
@@ -232,9 +232,7 @@ def test_merges_into_a_plain_model_or_refuses(kind: str, name: str) -> None:
         assert torch.equal(again.eval()(x), merged(x))
         model.double()
         sharp = wara.merge(model).eval()
-        torch.testing.assert_close(
-            sharp(x.double()), model(x.double()), rtol=0, atol=1e-10 * scale
-        )
+        torch.testing.assert_close(sharp(x.double()), model(x.double()), rtol=0, atol=1e-10 * scale)
 
 
 @every_method

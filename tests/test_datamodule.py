@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from wara.cards import Card
-from wara.data import ImageSet, Record
-from wara.data.augment import build_augment
-from wara.data.datamodule import CountedSampler, ImageDataModule, augment_seed, epoch_order
+from wara.data import ImageSet, Record, eval_batches
+from wara.data.balance import SplitTable
 from wara.data.imageset import ArrayReader
-from wara.images import ImageSpec, resize
+from wara.images import ImageSpec, load_tensor, resize
+from wara.training.augment import build_augment
+from wara.training.batches import CountedSampler, ImageDataModule, augment_seed, epoch_order
 
 SPEC = ImageSpec((16, 20), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear")
 
@@ -38,7 +40,7 @@ def image_set(n: int = 23, task: str = "binary") -> ImageSet:
 
 def module(n: int = 23, *, world: int = 1, rank: int = 0, task="binary", **options):
     splits = ["train"] * (n - 8) + ["val"] * 5 + ["test"] * 3
-    given = {"batch_size": 4, "workers": 0, "augment": "auto", "seed": 7} | options
+    given = {"batch_size": 4, "workers": 0, "augment": "fundus", "seed": 7} | options
     data = ImageDataModule(image_set(n, task), splits, spec=SPEC, **given)
     if world > 1:
         data.trainer = SimpleNamespace(global_rank=rank, world_size=world, current_epoch=0)
@@ -55,7 +57,6 @@ def stack(loader) -> torch.Tensor:
 
 def test_batches_have_the_agreed_form():
     data = module()
-    assert data.preset == "fundus"
     batch = next(iter(data.train_dataloader()))
     assert set(batch) == {"image", "label", "index"}
     assert batch["image"].shape == (4, 3, 16, 20) and batch["image"].dtype == torch.float32
@@ -67,7 +68,8 @@ def test_batches_have_the_agreed_form():
 
 def test_evaluation_images_are_the_one_image_path():
     data = module()
-    for loader, first in ((data.val_dataloader(), 15), (data.test_dataloader(), 20)):
+    test = eval_batches(data.image_set, range(20, 23), SPEC, batch_size=4)
+    for loader, first in ((data.val_dataloader(), 15), (test, 20)):
         for batch in loader:
             for image, index in zip(batch["image"], batch["index"].tolist(), strict=True):
                 array = resize(data.image_set.read(index), (16, 20), "bilinear")
@@ -75,8 +77,23 @@ def test_evaluation_images_are_the_one_image_path():
                 np.testing.assert_allclose(image, expected.transpose(2, 0, 1), atol=1e-5)
         assert indices(loader)[0] == first
     assert indices(data.val_dataloader()) == list(range(15, 20))
-    assert indices(data.test_dataloader()) == list(range(20, 23))
-    assert indices(data.eval_dataloader("train")) == list(range(15))
+    assert indices(test) == list(range(20, 23))
+
+
+def test_a_file_goes_one_way_into_training_and_prediction(tmp_path):
+    from wara.data.imageset import FileReader
+
+    pixels = np.random.default_rng(3).integers(0, 256, (2, 40, 30, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path, array in zip(paths, pixels, strict=True):
+        Image.fromarray(array).save(path)
+    images = ImageSet(image_set().card, [Record("0.png", 0), Record("1.png", 1)], FileReader(paths))
+    for surveyed in (False, True):
+        if surveyed:
+            images.survey(SPEC)
+        for batch in eval_batches(images, [0, 1], SPEC, batch_size=1):
+            path = paths[int(batch["index"])]
+            assert torch.equal(batch["image"][0], load_tensor(path, SPEC))
 
 
 def test_an_epoch_is_a_permutation_from_seed_and_epoch():
@@ -137,9 +154,10 @@ def test_the_global_generator_is_left_alone():
 
 def test_memory_is_not_written_by_augmentation():
     data = module()
-    before = stack(data.eval_dataloader("train"))
+    before = stack(eval_batches(data.image_set, range(15), SPEC, batch_size=4))
     list(data.train_dataloader())
-    assert torch.equal(stack(data.eval_dataloader("train")), before)
+    after = stack(eval_batches(data.image_set, range(15), SPEC, batch_size=4))
+    assert torch.equal(after, before)
 
 
 @pytest.mark.parametrize("n", [22, 23, 24])
@@ -200,6 +218,11 @@ def test_lightning_keeps_the_sampler_and_drives_the_epoch():
     assert seen == [epoch_order(15, 7, epoch).tolist() for epoch in range(3)]
 
 
-def test_class_counts():
-    assert module().class_counts("train").tolist() == [8, 7]
-    assert module(task="multilabel").class_counts("val").tolist() == [3, 2]
+@pytest.mark.parametrize(("task", "train", "val"), [("binary", (8, 7), (2, 3)),
+                                                    ("multilabel", (7, 5), (3, 2))])  # fmt: skip
+def test_split_table_counts(task, train, val):
+    images = image_set(task=task)
+    splits = ["train"] * 15 + ["val"] * 5 + ["test"] * 3
+    labels = [record.label for record in images.records]
+    table = SplitTable.of(labels, [None] * 23, splits, images.card.class_names)
+    assert (table.counts["train"], table.counts["val"]) == (train, val)

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from training_helpers import make_images, make_weights, spawn, tiny_config
 
 from wara.errors import WaraError
-from wara.training.run import run
 from wara.training.signals import Stopped
+from wara.training.start import run
 
 pytestmark = pytest.mark.slow
 

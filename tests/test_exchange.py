@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wara
-from wara.adapters import count_parameters
-from wara.adapters.targets import adapted_layers
+from wara.adapters import adaptation_of, count_parameters
+from wara.adapters.base import adapted_layers
 from wara.errors import WaraError
 
 peft = pytest.importorskip("peft")
@@ -167,7 +167,7 @@ def test_short_names_come_back(tmp_path):
     config = CONFIGS["waveft"](["blocks.1.attn.qkv", "blocks.1.mlp.fc1"])
     theirs = peft.get_peft_model(vit(), config)
     theirs.save_pretrained(tmp_path)
-    method = wara.import_peft(vit(), tmp_path).wara_record.method
+    method = adaptation_of(wara.import_peft(vit(), tmp_path)).method
     assert method.targets == ("qkv", "fc1") and method.blocks == (1,)
 
 

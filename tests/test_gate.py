@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from wara.data.balance import class_counts, class_weights, imbalance_ratio, posi
 from wara.data.imageset import ArrayReader, FileReader
 from wara.data.splits import connected_groups, stratify
 from wara.errors import WaraError, WaraErrors
-from wara.images import ImageSpec, read_image, resize
+from wara.images import ImageSpec, read_bytes, read_image, resize
 
 ALONE = "no patient column: {}, and intervals take images as independent"
 LEAK = ALONE.format("images are split one by one")
@@ -84,9 +86,7 @@ def test_patients_and_copies_never_cross(data):
     n = data.draw(st.integers(12, 60))
     labels = data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
     labels[:3] = [0, 1, 2]
-    patients = data.draw(
-        st.lists(st.sampled_from([None, *"abcdefghij"]), min_size=n, max_size=n)
-    )
+    patients = data.draw(st.lists(st.sampled_from([None, *"abcdefghij"]), min_size=n, max_size=n))
     same = sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=3)))
     images = image_set(labels, patients=patients, same=same)
     splits = assign_splits(images, **FRACTIONS)
@@ -320,7 +320,7 @@ def test_a_list_that_cannot_be_written_is_a_storage_error(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(WaraError, match="No space left") as caught:
+    with pytest.raises(WaraError, match="no space left") as caught:
         check(many_faults(), good()[1], report_dir=tmp_path)
     assert caught.value.exit_code == 5
     assert {p.name for p in tmp_path.iterdir()} == {"file", "data_faults.txt"}
@@ -332,18 +332,21 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
 
     paths = files(tmp_path, 20)
     images = file_set(paths)
-    calls: Counter[int] = Counter()
+    calls: Counter[str] = Counter()
     monkeypatch.setattr(
-        imageset, "read_image", lambda source: calls.update([hash(source)]) or read_image(source)
+        imageset, "read_bytes", lambda path: calls.update([str(path)]) or read_bytes(path)
     )
     spec = ImageSpec((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear")
-    check(images, assign_splits(images, **FRACTIONS), report_dir=tmp_path, spec=spec)
+    images.survey(spec)
+    check(images, assign_splits(images, **FRACTIONS), report_dir=tmp_path)
     for index, path in enumerate(paths):
         expected = resize(read_image(path), (16, 16), "bilinear")
-        np.testing.assert_array_equal(images.resized(index, (16, 16), "bilinear"), expected)
+        np.testing.assert_array_equal(images.array(index, spec), expected)
+        assert images.sha256(index) == hashlib.sha256(path.read_bytes()).hexdigest()
+    # Check, split, hash and training: one reading of each file.
     assert set(calls.values()) == {1} and len(calls) == 20
     # Another size is read anew, and right.
-    assert images.resized(0, (8, 8), "bilinear").shape == (8, 8, 3)
+    assert images.array(0, replace(spec, size=(8, 8))).shape == (8, 8, 3)
 
 
 def test_large_sets_are_not_kept(tmp_path, monkeypatch):
@@ -352,10 +355,11 @@ def test_large_sets_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(imageset, "MEMORY_LIMIT", 10)
     paths = files(tmp_path, 6)
     images = file_set(paths)
-    assert not images.keep((16, 16), "bilinear")
-    images.fill((16, 16), "bilinear")
+    spec = ImageSpec((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear")
+    assert not images.keep(spec)
+    images.fill(spec)
     expected = resize(read_image(paths[3]), (16, 16), "bilinear")
-    np.testing.assert_array_equal(images.resized(3, (16, 16), "bilinear"), expected)
+    np.testing.assert_array_equal(images.array(3, spec), expected)
 
 
 # --- balance ----------------------------------------------------------------------------------

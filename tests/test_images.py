@@ -256,7 +256,7 @@ def test_resize_takes_height_then_width_and_keeps_the_whole_image():
 
 def test_to_tensor_matches_the_definition():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    tensor = to_tensor(colours(), mean, std)
+    tensor = to_tensor(colours(), ImageSpec((30, 40), mean, std))
     assert tensor.dtype == torch.float32 and tensor.shape == (3, 30, 40) and tensor.is_contiguous()
     expected = ((colours() / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)
     np.testing.assert_allclose(tensor.numpy(), expected, atol=2e-6)
@@ -266,7 +266,7 @@ def test_load_tensor_is_the_three_steps(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encode(Image.fromarray(colours()), "PNG"))
     spec = ImageSpec((16, 24), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
-    expected = to_tensor(resize(read_image(path), (16, 24), "bilinear"), spec.mean, spec.std)
+    expected = to_tensor(resize(read_image(path), (16, 24), "bilinear"), spec)
     assert torch.equal(load_tensor(path, spec), expected)
 
 

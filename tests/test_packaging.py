@@ -103,7 +103,7 @@ def test_installed_package_finds_its_configs_from_any_folder(wheel, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import wara; from wara import config;"
         "print(wara.__file__); print(config.find_config('fundus_wara.yaml'));"
-        "print(config.load_config('fundus_wara').adapter.method)"
+        "print(config.load_config('fundus_wara').adapter.name)"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, str(site)],

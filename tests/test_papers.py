@@ -29,7 +29,8 @@ from wara.adapters import SHiRA, WaveFT, method_from_options
 from wara.backbones import build_backbone
 from wara.config import dump_config
 from wara.errors import WaraError
-from wara.images import ImageSpec, load_tensor
+from wara.images import load_tensor
+from wara.runs import load_run
 
 PAPERS = Path(__file__).resolve().parents[1] / "benchmarks" / "papers"
 RESULTS = PAPERS / "results"
@@ -700,8 +701,12 @@ def make_run(folder: Path, name: str, **options) -> Path:
     for key, parameter in wara.trainable_parameters(model).items():
         if key.endswith("adapter.up"):
             torch.nn.init.normal_(parameter, std=0.1)
-    wara.save_adapter(model, run / "adapter")
+    wara.save_adapter(
+        model, run / "adapter", backbone=info, task="multiclass", classes=list(CLASSES)
+    )
+    (run / "metrics.json").write_text(json.dumps({"synthetic": False}))
     provenance = {
+        "status": "finished",
         "synthetic": False,
         "data": {"name": "data"},
         "backbone": {"name": info.name, "requested": "test_vit"},
@@ -730,26 +735,23 @@ def test_subbands_over_several_runs(tmp_path):
         assert set(run["share"]) == {"LL_1", "LH_1", "HL_1", "HH_1"}
     # The update of an identity core is that of LoRA, so its spectrum is that of B A.
     layer, spectra = next(iter(one["singular_values"].items()))
-    model, info, config, _ = subbands.load_run(runs[0])
-    adapter = model.get_submodule(layer.split("[")[0]).adapter
+    loaded = load_run(runs[0])
+    adapter = loaded.model().get_submodule(layer.split("[")[0]).adapter
     group = "qkv".find(layer[-2]) if "[" in layer else 0
     up = adapter.up.split(adapter.sizes)[group]
     product = adapter.scale * up @ adapter.down.reshape(adapter.groups, 2, -1)[group]
     want = np.linalg.svd(product.detach().numpy(), compute_uv=False)[:2]
     np.testing.assert_allclose(spectra["LL_1"], want, rtol=1e-4)
     # The images are those that evaluation reads, in the order of the table.
-    spec = ImageSpec(info.img_size, info.mean, info.std, info.interpolation)
     path = tmp_path / "data" / "images" / f"{CLASSES[0]}_001.png"
-    torch.testing.assert_close(
-        subbands.run_images(runs[0], config, info, 1)[0], load_tensor(path, spec)
-    )
+    torch.testing.assert_close(subbands.run_images(loaded, 1)[0], load_tensor(path, loaded.spec))
     names = {path.name for path in out.iterdir()}
     assert {"wara_subbands.json", "wara_subbands.png"} < names and len(names) == 6
 
 
 def test_subbands_refuse_what_is_not_of_the_run(tmp_path):
     subbands = script("wara_subbands")
-    with pytest.raises(WaraError, match="not a run folder"):
+    with pytest.raises(WaraError, match="not the folder of a run"):
         subbands.main([str(tmp_path), "--out", str(tmp_path)])
     lora = make_run(tmp_path, "lora")
     changed = tmp_path / "data" / "images" / f"{CLASSES[0]}_001.png"

@@ -18,9 +18,10 @@ from training_helpers import adapter_bytes, spawn, tiny_config
 
 from wara.config import RunConfig
 from wara.errors import WaraError
-from wara.training.checkpoints import SafeCheckpointIO
-from wara.training.run import run
+from wara.training import checkpoint
+from wara.training.checkpoint import load_checkpoint, save_checkpoint
 from wara.training.signals import Stopped
+from wara.training.start import run
 from wara.training.task import FineTuning
 
 EPOCHS = 4
@@ -31,7 +32,7 @@ TIMES = {"seconds", "peak_memory_mb"}
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     # They take longer than the training and are looked at elsewhere.
-    monkeypatch.setattr("wara.training.outcome._figures", lambda *_: None)
+    monkeypatch.setattr("wara.runs.results._figures", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with data, weights and `run`, which was trained without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wara.training.outcome._figures", lambda *_: None)
+        patch.setattr("wara.runs.results._figures", lambda *_: None)
         run(_config(folder), quiet=True)
     return folder
 
@@ -80,7 +81,7 @@ def _assert_same(one: Path, two: Path) -> None:
         with (path / "metrics.csv").open() as handle:
             curves.append([{**row, "seconds": ""} for row in csv.DictReader(handle)])
     assert curves[0] == curves[1] and len(curves[0]) >= 1
-    states = [SafeCheckpointIO().load_checkpoint(run / "checkpoints" / "last.ckpt")
+    states = [load_checkpoint(run / "checkpoints" / "last.ckpt")
               for run in (one, two)]  # fmt: skip
     for name, tensor in states[0]["state"].items():
         assert torch.equal(tensor, states[1]["state"][name]), name
@@ -157,16 +158,16 @@ def test_a_kill_between_the_two_checkpoints(
 ) -> None:
     """`last` of a best epoch is written and `best` is not, or the epoch is lost altogether."""
     config = _config(whole, out=str(tmp_path / "run"))
-    original = SafeCheckpointIO.save_checkpoint
+    original = checkpoint.save_checkpoint
     wanted = "best.ckpt" if survivor == "last" else "last.ckpt"
 
-    def save(self: SafeCheckpointIO, content: dict, path: Path, options: Any = None) -> None:
-        if Path(path).name == wanted:
+    def save(path: Path, content: dict) -> None:
+        if path.name == wanted:
             raise KeyboardInterrupt
-        original(self, content, path)
+        original(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SafeCheckpointIO, "save_checkpoint", save)
+        patch.setattr(checkpoint, "save_checkpoint", save)
         with pytest.raises(BaseException):  # noqa: B017  (Lightning turns it into SystemExit)
             run(config, quiet=True)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == (survivor == "last")
@@ -207,7 +208,7 @@ def test_resume_of_a_finished_run_does_nothing(whole: Path) -> None:
 
 def test_a_default_that_is_written_out_is_no_difference(whole: Path) -> None:
     config = _config(whole)
-    options = config.adapter.options
+    options = config.adapter.options()
     spelt = {"method": "wara", **options, "wavelet": "haar", "core": "diag", "blocks": "all"}
     run(config.model_validate({**dict(config), "adapter": spelt}), resume=True, quiet=True)
     spelt["core"] = "full"
@@ -246,19 +247,18 @@ def test_resume_refuses_what_is_not_the_runs_own(half: RunConfig, whole: Path) -
         run(half, resume=True, quiet=True)
     assert caught.value.exit_code == 4 and "--overwrite" in caught.value.remedy
 
-    content = SafeCheckpointIO()
     last.write_bytes(intact)
-    state = content.load_checkpoint(last)
+    state = load_checkpoint(last)
     for key, text in (("base_sha256", "weights"), ("data_sha256", "images"), ("classes", "class")):
         changed = {**state, "identity": {**state["identity"], key: "0" * 64}}
-        content.save_checkpoint(changed, last)
+        save_checkpoint(last, changed)
         with pytest.raises(WaraError, match=text) as caught:
             run(half, resume=True, quiet=True)
         assert caught.value.exit_code == 4
 
     name = next(iter(state["state"]))
     del state["state"][name]
-    content.save_checkpoint(state, last)
+    save_checkpoint(last, state)
     with pytest.raises(WaraError) as caught:
         run(half, resume=True, quiet=True)
     assert caught.value.exit_code == 4
@@ -269,7 +269,7 @@ def test_resume_refuses_what_is_not_the_runs_own(half: RunConfig, whole: Path) -
 
 
 def test_a_checkpoint_holds_what_trains_and_no_more(whole: Path) -> None:
-    content = SafeCheckpointIO().load_checkpoint(whole / "run" / "checkpoints" / "last.ckpt")
+    content = load_checkpoint(whole / "run" / "checkpoints" / "last.ckpt")
     names = set(content["state"])
     assert {"head.weight", "head.bias"} <= names
     assert not any(name.endswith(("qkv.weight", "mlp.fc1.weight")) for name in names)

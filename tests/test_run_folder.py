@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wara import storage as files
+from wara.data.imageset import processors as cores
 from wara.errors import WaraError
-from wara.training import files
-from wara.training.folder import RunFolder, label_text
-from wara.training.launch import cores
-from wara.training.provenance import collect, data_sha256
+from wara.evaluation.predict import Predictions
+from wara.runs import tables
+from wara.runs.folder import RunFolder
+from wara.runs.provenance import collect, data_sha256
 from wara.training.signals import Stopped, StopSignals
 
 
@@ -33,7 +35,7 @@ def _as_run(path: Path, status: str = "finished") -> RunFolder:
 HOLD = """
 import fcntl, json, os, socket, sys, time
 handle = open(sys.argv[1], "a+")
-fcntl.lockf(handle, fcntl.LOCK_EX)
+fcntl.flock(handle, fcntl.LOCK_EX)
 handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
 handle.flush()
 print("ready", flush=True)
@@ -240,8 +242,9 @@ def test_a_folder_that_cannot_be_made_is_exit_5(tmp_path: Path) -> None:
 
 def test_tables_follow_the_contract(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.synthetic = True
-    folder.write_splits([("a,b.png", "0", None, "train", "f" * 64)])
+    row = tables.SplitRow("a,b.png", 0, None, "train", "f" * 64)
+    tables.write_splits(folder.splits, [row], synthetic=True)
+    assert tables.read_splits(folder.splits) == [row]
     rows = list(csv.DictReader(folder.splits.open()))
     assert rows == [
         {"file": "a,b.png", "label": "0", "patient": "", "split": "train", "sha256": "f" * 64,
@@ -249,26 +252,56 @@ def test_tables_follow_the_contract(tmp_path: Path) -> None:
     ]  # fmt: skip
     probs = np.array([[0.1, 0.9], [1 / 3, 2 / 3]])
     logits = np.array([[-1.5, 2.25], [0.1, 0.7]], dtype=np.float32)
-    folder.write_predictions(
-        "test", names=["x", "y"], patients=["p", None], labels=np.array([1, 0]),
-        predicted=np.array([1, 1]), probs=probs, logits=logits, classes=["no", "yes"],
+    found = Predictions(np.arange(2), np.array([1, 0]), logits, probs, np.array([1, 1]))
+    classes = ["no", "yes, surely"]
+    tables.write_predictions(
+        folder.predictions("test"), found,
+        files=["x", "y"], patients=["p", None], classes=classes, synthetic=True,
     )  # fmt: skip
+    back = tables.read_predictions(folder.predictions("test"))
+    assert (back.files, back.patients, back.classes) == (["x", "y"], ["p", None], classes)
+    for name in vars(found):
+        assert np.array_equal(getattr(back.predictions, name), getattr(found, name)), name
     with folder.predictions("test").open() as handle:
         table = list(csv.reader(handle))
     assert table[0] == [
-        "file", "patient", "label", "pred", "prob_no", "prob_yes", "logit_no", "logit_yes",
-        "synthetic",
+        "file", "patient", "label", "pred", "prob_no", "prob_yes, surely",
+        "logit_no", "logit_yes, surely", "synthetic",
     ]  # fmt: skip
     assert table[2][:4] == ["y", "", "0", "1"]
     assert np.array_equal(np.array([row[4:6] for row in table[1:]], dtype=float), probs)
     assert np.array_equal(np.array([row[6:8] for row in table[1:]], dtype=np.float32), logits)
-    folder.write_curves([{"epoch": 1, "val_auc_macro": None}, {"epoch": 2, "val_auc_macro": 0.5}])
+    history = [{"epoch": 1, "val_auc_macro": None}, {"epoch": 2, "val_auc_macro": 0.5}]
+    tables.write_curves(folder.curves, history, synthetic=True)
     assert [r["val_auc_macro"] for r in csv.DictReader(folder.curves.open())] == ["", "0.5"]
+    assert tables.read_curves(folder.curves) == history
+
+
+@pytest.mark.parametrize("text", ["", "file,label\n1,2\n", "file,label,patient,pred\nx,a,p,0\n",
+                                  "file,label,patient,pred\nx,1\n", "\xff"])  # fmt: skip
+def test_a_table_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "predictions_val.csv"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(WaraError) as caught:
+        tables.read_predictions(path)
+    assert caught.value.exit_code == 4
+    with pytest.raises(WaraError):
+        tables.read_predictions(tmp_path / "nowhere.csv")
+
+
+def test_predictions_of_no_image_read_back(tmp_path: Path) -> None:
+    nothing = Predictions.of(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 2), "f4"), "binary")
+    path = tmp_path / "predictions_test.csv"
+    tables.write_predictions(
+        path, nothing, files=[], patients=[], classes=["a", "b"], synthetic=False
+    )
+    back = tables.read_predictions(path)
+    assert back.classes == ["a", "b"] and back.predictions.probs.shape == (0, 2)
 
 
 def test_multilabel_cells() -> None:
-    assert label_text(np.array([1, 0, 1])) == "1 0 1"
-    assert label_text(np.int64(3)) == "3"
+    assert tables.label_text(np.array([1, 0, 1])) == "1 0 1"
+    assert tables.label_text(np.int64(3)) == "3"
 
 
 def test_data_hash_sees_every_cell() -> None:
@@ -284,8 +317,8 @@ def test_data_hash_sees_every_cell() -> None:
 
 def test_provenance_is_json() -> None:
     record = collect(
-        command=["train.py"], seed=1, data={}, backbone={}, device="cpu", precision="32-true",
-        processes=1,
+        command=["train.py"], seed=1, data={}, backbone={}, budget=None, device="cpu",
+        precision="32-true", processes=1,
     )  # fmt: skip
     assert json.loads(json.dumps(record)) == record
     assert record["versions"]["torch"] and record["torch"]["threads"] >= 1

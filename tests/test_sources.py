@@ -13,9 +13,9 @@ from PIL import Image
 
 from wara.cards import load_card
 from wara.data import medmnist_files
-from wara.data.medmnist_files import reachable
 from wara.data.sources import default_cache, open_source
 from wara.errors import WaraError
+from wara.net import reachable
 
 
 def open_(dataset, tmp_path: Path, **options):
@@ -408,7 +408,7 @@ def test_medmnist_files_that_are_wrong(tmp_path, changes, words):
 
 
 def load_card_text(name: str) -> str:
-    from wara.config import shipped
+    from wara.storage import shipped
 
     return (shipped("datasets") / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -482,6 +482,7 @@ def test_reachable_finds_a_server_and_its_absence(monkeypatch):
 
 def test_a_name_service_that_hangs_costs_seconds(monkeypatch):
     monkeypatch.delenv("WARA_OFFLINE")
+
     def hang(*args, **kwargs):
         time.sleep(4)
         raise OSError("no answer")

@@ -5,15 +5,16 @@ import copy
 import pytest
 import pywt
 import torch
+from oracles import option_faults
 from torch import nn
 from torch.nn import functional as F
 
 import wara
-from wara.adapters import METHODS, count_parameters, method_from_options, option_faults
-from wara.adapters.base import AdaptedLinear
+from wara.adapters import METHODS, count_parameters, method_from_options
+from wara.adapters.base import AdaptedLinear, adapted_layers
 from wara.adapters.sparse import GAUSSIAN, SparseLayer, allocate, draw_places
 from wara.adapters.sparse_linear import Form, SparseLinear
-from wara.adapters.targets import Target, adapted_layers
+from wara.adapters.targets import Target
 from wara.errors import WaraError, WaraErrors
 
 SHAPES = [(16, 16), (32, 12), (10, 40), (13, 17), (15, 24)]
@@ -495,7 +496,7 @@ def test_defaults_are_those_of_the_papers():
         ({"k": 0}, "k is 0"),
         ({"k": -3}, "k is -3"),
         ({"k": []}, "k is"),
-        ({"k": "many"}, "'many' is not"),
+        ({"k": "many"}, 'k should be a whole number or a list, not "many"'),
         ({"k": 4, "budget": "lora_r1"}, "both set"),
         ({"budget": "lora"}, "not understood"),
         ({"budget": 0.0}, "not understood"),
@@ -504,7 +505,7 @@ def test_defaults_are_those_of_the_papers():
         ({"allocation": "proportionl"}, "did you mean 'proportional'"),
         ({"init": "ones"}, "choose one of: gaussian, zero"),
         ({"scale": 0.0}, "scale is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -1}, "seed should be at least 0, not -1"),
         ({"targets": ["kqv"]}, "unknown target"),
     ],
     ids=str,

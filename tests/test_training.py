@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,21 +25,24 @@ from wara.adapters import METHODS, method_from_options
 from wara.adapters.baselines import PeftMethod
 from wara.backbones import build_backbone
 from wara.config import RunConfig, dump_config, load_config
+from wara.data.balance import SplitTable
 from wara.errors import WaraError
+from wara.evaluation.calibration import to_probs
+from wara.evaluation.predict import predict
 from wara.images import load_tensor
-from wara.training.checkpoints import SafeCheckpointIO
+from wara.net import reachable
+from wara.runs.progress import Progress
+from wara.runs.report import cell, result_table
+from wara.runs.results import evaluate_split
+from wara.training.checkpoint import load_checkpoint
 from wara.training.console import Console
-from wara.training.journal import Progress
-from wara.training.loggers import public_config, public_name, reachable
+from wara.training.loggers import public_config, public_name
 from wara.training.losses import check_options, loss_per_image, resolve_loss
-from wara.training.outcome import _scores, predict
-from wara.training.plan import SplitTable, pick_device, pick_precision
-from wara.training.report import cell, result_table
-from wara.training.resolve import resolve
-from wara.training.run import run
-from wara.training.setup import image_spec
-from wara.training.signals import StopSignals
-from wara.training.task import FineTuning, probabilities, schedule, step_seed
+from wara.training.plan import table_lines
+from wara.training.recipe import Recipe
+from wara.training.setup import pick_device
+from wara.training.start import run
+from wara.training.task import FineTuning, schedule, step_seed
 
 # -- losses -----------------------------------------------------------------------------------
 
@@ -151,11 +155,29 @@ def test_the_learning_rate_is_the_methods_unless_one_is_set(
         pytest.importorskip("peft")
     adapter = {"method": method, **SMALL.get(method, {})}
     config = tiny_config(folder, out=str(tmp_path / "run"), adapter=adapter)
-    own = METHODS[method].lr
-    assert resolve(config).lr == own
+    group, own = next(iter(METHODS[method].rates.items()))
+    assert config.resolved().lr == own
     run(config, dry_run=True)
-    assert f", lr {own:g}, " in capsys.readouterr().out
-    assert resolve(config.model_copy(update={"lr": 0.0})).lr == 0.0
+    shown = {"adapter": "adapter", "core": "cores", "head": "head"}[group]
+    assert f", lr: {shown} {own:g}" in capsys.readouterr().out
+    assert config.model_copy(update={"lr": 0.0}).resolved().lr == 0.0
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_set_rate_is_that_of_what_trains(folder: Path, method: str) -> None:
+    if issubclass(METHODS[method], PeftMethod):
+        pytest.importorskip("peft")
+    adapter = {"method": method, **SMALL.get(method, {})}
+    config = tiny_config(folder, adapter=adapter, lr=0.123)
+    model = wara.adapt(timm.create_model("test_vit", num_classes=3), config.adapter)
+    task = _module(model, rates=config.rates)
+    groups = task.configure_optimizers().param_groups
+    trained = {group["name"] for group in groups}
+    # Whatever trains has a rate, and the first of these is the one that was set.
+    assert trained == set(config.rates)
+    main = next(iter(METHODS[method].rates))
+    assert {group["lr"] for group in groups if group["name"] == main} == {0.123}
+    assert main == "head" or 0.123 not in {g["lr"] for g in groups if g["name"] == "head"}
 
 
 def test_the_plan_says_what_a_budget_came_to(
@@ -200,16 +222,17 @@ def test_step_seeds_do_not_repeat() -> None:
 
 def test_probabilities_are_exact_and_stable() -> None:
     logits = np.array([[1000.0, 0.0], [0.0, 0.0]], dtype=np.float32)
-    assert np.array_equal(probabilities(logits, "binary"), [[1.0, 0.0], [0.5, 0.5]])
-    assert np.array_equal(probabilities(logits, "multilabel"), [[1.0, 0.5], [0.5, 0.5]])
+    assert np.array_equal(to_probs(logits, task="binary"), [[1.0, 0.0], [0.5, 0.5]])
+    assert np.array_equal(to_probs(logits, task="multilabel"), [[1.0, 0.5], [0.5, 0.5]])
 
 
 def _module(model: torch.nn.Module, **changes: Any) -> FineTuning:
+    rates = {"adapter": 1e-3, "core": 2e-2, "head": 3e-3}
     options: dict[str, Any] = {
-        "task": "multiclass", "classes": CLASSES, "loss": "ce", "lr": 1e-3, "lr_core": 2e-2,
-        "lr_head": 3e-3, "weight_decay": 0.1, "epochs": 2,
+        "rates": rates, "loss": "ce", "batch_size": 8, "weight_decay": 0.1, "epochs": 2
     }  # fmt: skip
-    return FineTuning(model, **{**options, **changes})
+    recipe = Recipe(**{**options, **changes})
+    return FineTuning(model, recipe, task="multiclass", classes=CLASSES)
 
 
 def test_every_parameter_has_its_rate_and_decay() -> None:
@@ -254,7 +277,7 @@ def test_best_epoch_first_wins_ties_and_loss_goes_down() -> None:
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     # They take longer than the training; the run of `folder` draws them all.
-    monkeypatch.setattr("wara.training.outcome._figures", lambda *_: None)
+    monkeypatch.setattr("wara.runs.results._figures", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -307,16 +330,13 @@ def test_metrics_and_tables_agree(folder: Path) -> None:
 
 
 def test_the_adapter_folder_gives_the_logits_of_the_predictions(folder: Path) -> None:
-    from wara.images import ImageSpec, load_tensor
-
     model, info = wara.build_backbone(
         "test_vit", num_classes=3, img_size=32, weights=folder / "weights.safetensors"
     )
     wara.load_adapter(model, folder / "run" / "adapter")
-    spec = ImageSpec(info.img_size, info.mean, info.std, info.interpolation)
     with (folder / "run" / "predictions_test.csv").open() as handle:
         rows = list(csv.DictReader(handle))
-    images = torch.stack([load_tensor(folder / "data" / row["file"], spec) for row in rows])
+    images = torch.stack([load_tensor(folder / "data" / row["file"], info.spec) for row in rows])
     wanted = np.array([[float(row[f"logit_{n}"]) for n in CLASSES] for row in rows], np.float32)
     label = torch.zeros(len(rows), dtype=torch.int64)
     # Batches as in the run: the last bits of a matrix product depend on the number of rows.
@@ -325,15 +345,16 @@ def test_the_adapter_folder_gives_the_logits_of_the_predictions(folder: Path) ->
          "index": torch.arange(i, min(i + 8, len(rows)))}
         for i in range(0, len(rows), 8)
     ]  # fmt: skip
-    got = predict(model, batches, "multiclass", 3, StopSignals()).logits
+    got = predict(model, batches, task="multiclass", classes=3).logits
     assert np.array_equal(got, wanted)
 
 
 def test_the_resolved_config_and_the_record(folder: Path) -> None:
     path = folder / "run"
     config = load_config(path / "config.yaml")
-    assert config == resolve(tiny_config(folder, epochs=2, tensorboard=True))
-    assert set(config.adapter.options) == {field.name for field in dataclasses.fields(wara.WaRA)}
+    assert config == tiny_config(folder, epochs=2, tensorboard=True).resolved()
+    fields = {field.name for field in dataclasses.fields(wara.WaRA)}
+    assert set(config.adapter.options()) == fields
     record = json.loads((path / "provenance.json").read_text())
     assert record["status"] == "finished" and record["ended"] >= record["started"][0]
     assert record["synthetic"] is False and record["seed"] == 0
@@ -354,14 +375,17 @@ def test_a_resolved_config_holds_every_option_and_loads_again(
     tmp_path: Path, method: str, options: dict
 ) -> None:
     plain = RunConfig.model_validate({"adapter": {"method": method, **options}})
-    full = resolve(plain)
-    assert set(full.adapter.options) == {f.name for f in dataclasses.fields(METHODS[method])}
-    assert options.items() <= full.adapter.options.items()
-    assert full.model_copy(update={"adapter": plain.adapter, "lr": None}) == plain
+    full = plain.resolved()
+    left_open = set(METHODS[method].knob) if "budget" in options else set()
+    fields = {field.name for field in dataclasses.fields(METHODS[method])}
+    assert set(full.adapter.options()) == fields - left_open
+    assert options.items() <= full.adapter.options().items()
+    rates = {"lr": None, "lr_core": None, "lr_head": None}
+    assert full.model_copy(update=rates) == plain
     (tmp_path / "config.yaml").write_text(dump_config(full))
     again = load_config(tmp_path / "config.yaml")
-    assert again == full == resolve(full)
-    assert method_from_options(method, again.adapter.options) == METHODS[method](**options)
+    assert again == full == full.resolved()
+    assert method_from_options(method, again.adapter.options()) == METHODS[method](**options)
 
 
 def test_output_is_the_plan_a_line_per_epoch_and_the_results(
@@ -419,7 +443,7 @@ def test_every_method_trains(tmp_path: Path, folder: Path, method: str) -> None:
     )
     model = wara.load_adapter(model, tmp_path / "run" / "adapter").eval()
     table = list(csv.DictReader((tmp_path / "run" / "predictions_test.csv").open()))
-    image = load_tensor(folder / "data" / table[0]["file"], image_spec(info))
+    image = load_tensor(folder / "data" / table[0]["file"], info.spec)
     written = [float(table[0][f"logit_{name}"]) for name in CLASSES]
     assert model(image[None])[0].tolist() == pytest.approx(written, abs=1e-4)
 
@@ -519,10 +543,9 @@ def test_multilabel(tmp_path: Path, folder: Path) -> None:
 
 
 def test_no_test_images_are_said() -> None:
-    empty = predict(torch.nn.Linear(1, 1), [], "multiclass", 3, StopSignals())
-    scores = _scores(
-        empty.labels, empty.probs, task="multiclass", classes=list(CLASSES), split="test"
-    )
+    facts: Any = SimpleNamespace(task="multiclass", classes=CLASSES, seed=0)
+    empty = evaluate_split(torch.nn.Linear(1, 1), [], [], facts, name="test", bootstrap=9)
+    scores = empty.scores
     assert scores["auc_macro"]["value"] is None and "no test images" in str(scores["auc_macro"])
 
 
@@ -570,7 +593,7 @@ def test_offline_phantoms_and_the_small_backbone_stand_in(
     assert (path / "config.yaml").read_text().startswith("# synthetic: true\n")
     assert "SYNTHETIC" in (path / "train.log").read_text()
     for name in ("last", "best"):
-        content = SafeCheckpointIO().load_checkpoint(path / "checkpoints" / f"{name}.ckpt")
+        content = load_checkpoint(path / "checkpoints" / f"{name}.ckpt")
         assert content["identity"]["synthetic"] is True
     record = json.loads((path / "provenance.json").read_text())
     assert record["data"]["substituted_for"] == "retinamnist"
@@ -638,7 +661,7 @@ def test_a_non_finite_gradient_stops_before_the_update(
     assert caught.value.exit_code == 6
     assert "epoch 3, step 12" in caught.value.where
     assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
-    last = SafeCheckpointIO().load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    last = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert last["progress"]["epoch"] == 2
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["status"] == "failed"
 
@@ -716,15 +739,29 @@ def test_global_settings_are_put_back(folder: Path, tmp_path: Path) -> None:
 
 
 def test_device_and_precision() -> None:
-    assert pick_device("cpu", 1)[0] == "cpu"
-    assert pick_precision("off", "cpu")[0] == "32-true"
-    assert pick_precision("bf16", "cpu")[0] == "bf16-mixed"
-    name, why = pick_precision("auto", "cpu")
-    assert (name == "bf16-mixed") == ("has it" in why)
+    def picked(**options: Any) -> Any:
+        return pick_device(RunConfig.model_validate({"accelerator": "cpu", **options}))
+
+    assert picked().accelerator == "cpu"
+    assert picked(amp="off").precision == "32-true"
+    assert picked(amp="bf16").precision == "bf16-mixed"
+    auto = picked(amp="auto")
+    assert (auto.precision == "bf16-mixed") == ("has it" in auto.arithmetic)
     if not torch.cuda.is_available():
         with pytest.raises(WaraError) as caught:
-            pick_device("gpu", 1)
+            picked(accelerator="gpu")
         assert caught.value.exit_code == 7
+
+
+def test_fewer_gpus_than_devices_are_not_replaced_by_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(WaraError, match="2 GPU.s. asked for, 1 available") as caught:
+        pick_device(RunConfig(devices=2))
+    assert caught.value.exit_code == 7
+    assert pick_device(RunConfig(devices=2, accelerator="cpu")).accelerator == "cpu"
 
 
 def test_the_split_table_counts() -> None:
@@ -733,10 +770,10 @@ def test_the_split_table_counts() -> None:
     )
     assert table.counts == {"train": (1, 1), "val": (0, 1), "test": (1, 0)}
     assert table.patients == {"train": 1, "val": 1, "test": None}
-    assert table.lines()[1].split() == ["train", "2", "1", "1", "1"]
+    assert table_lines(table)[1].split() == ["train", "2", "1", "1", "1"]
     many = [f"finding number {i}" for i in range(14)]
     wide = SplitTable.of([(1,) * 14], [None], ["train"], many)
-    assert "1 finding number 13" in wide.lines()[0] and len(wide.lines()) == 3
+    assert "1 finding number 13" in table_lines(wide)[0] and len(table_lines(wide)) == 3
 
 
 def test_result_cells() -> None:

@@ -86,7 +86,7 @@ PROGRAM = """
 import json, sys
 from wara.config import RunConfig
 from wara.errors import WaraError
-from wara.training.run import run
+from wara.training.start import run
 payload = json.loads(sys.argv[1])
 try:
     run(RunConfig.model_validate_json(json.dumps(payload["config"])), **payload["flags"])

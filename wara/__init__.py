@@ -28,52 +28,18 @@ if TYPE_CHECKING:
     )
     from wara.backbones import build_backbone
     from wara.errors import WaraError
-
-_HOMES = {
-    "METHODS": "adapters",
-    "Full": "adapters",
-    "LinearProbe": "adapters",
-    "LoRA": "adapters",
-    "SHiRA": "adapters",
-    "TinyWaRA": "adapters",
-    "WaRA": "adapters",
-    "WaveFT": "adapters",
-    "WaraError": "errors",
-    "adapt": "adapters",
-    "build_backbone": "backbones",
-    "export_peft": "adapters",
-    "import_peft": "adapters",
-    "load_adapter": "adapters",
-    "merge": "adapters",
-    "save_adapter": "adapters",
-    "trainable_parameters": "adapters",
-    "unload": "adapters",
-}
+    from wara.runs import load_run
 
 __all__ = [
-    "METHODS",
-    "Full",
-    "LinearProbe",
-    "LoRA",
-    "SHiRA",
-    "TinyWaRA",
-    "WaRA",
-    "WaveFT",
-    "WaraError",
-    "adapt",
-    "build_backbone",
-    "export_peft",
-    "import_peft",
-    "load_adapter",
-    "merge",
-    "save_adapter",
-    "trainable_parameters",
-    "unload",
-]
+    "METHODS", "Full", "LinearProbe", "LoRA", "SHiRA", "TinyWaRA", "WaRA", "WaraError", "WaveFT",
+    "adapt", "build_backbone", "export_peft", "import_peft", "load_adapter", "load_run", "merge",
+    "save_adapter", "trainable_parameters", "unload",
+]  # fmt: skip
+_HOMES = {"WaraError": "errors", "build_backbone": "backbones", "load_run": "runs"}
 
 
 def __getattr__(name: str) -> Any:
     # Looked up on first use, so that `wara --help` does not wait for torch.
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"wara.{_HOMES[name]}"), name)
+    if name in __all__:
+        return getattr(importlib.import_module(f"wara.{_HOMES.get(name, 'adapters')}"), name)
     raise AttributeError(f"module 'wara' has no attribute '{name}'")

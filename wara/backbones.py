@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.resources
 import inspect
-import os
-import socket
 import sys
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import timm
 import torch
@@ -30,8 +23,10 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from wara.adapters.targets import token_layout
 from wara.errors import WaraError, suggest
+from wara.net import reachable
+from wara.storage import file_sha256
+from wara.vit import BackboneInfo, pair, token_layout
 
 NANO = "wara_nano"
 NANO_ARCHITECTURE: dict[str, int] = {
@@ -48,41 +43,9 @@ NANO_DATA: dict[str, Any] = {
     "interpolation": "bicubic",
     "classifier": "head",
 }
-REACH_SECONDS = 2.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 ImageSize = int | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class BackboneInfo:
-    """What a run must know and record about its backbone.
-
-    Args:
-        name: timm model name, or `wara_nano`.
-        requested: the name that was asked for; differs from `name` after an offline substitution.
-        img_size: `(H, W)` of the input, pixels.
-        grid_size: `(h, w)` of the patch tokens.
-        num_prefix_tokens: `p`, class and register tokens.
-        embed_dim: width of a token.
-        mean: per channel, of images in [0, 1].
-        std: per channel.
-        interpolation: `bicubic` or `bilinear`, as in pretraining.
-        weights_source: where the weights came from, for people.
-        weights_sha256: hash of the weights file.
-    """
-
-    name: str
-    requested: str
-    img_size: tuple[int, int]
-    grid_size: tuple[int, int]
-    num_prefix_tokens: int
-    embed_dim: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    weights_source: str
-    weights_sha256: str
 
 
 def build_backbone(
@@ -111,7 +74,7 @@ def build_backbone(
             `wara_nano` in place of the backbone, `error` refuses.
 
     Returns:
-        The model in training mode and what is known of it.
+        The model, in evaluation mode, and what is known of it.
 
     Raises:
         WaraError: kind `config` for an unknown name or a size that does not fit the patches, `data`
@@ -136,10 +99,11 @@ def build_backbone(
     _load(model, name, path)
     data = resolve_model_data_config(model)
     grid, prefix = token_layout(model)
-    return model, BackboneInfo(
+    return model.eval(), BackboneInfo(
         name=name,
         requested=requested,
-        img_size=_pair(getattr(model.patch_embed, "img_size", None) or data["input_size"][1:]),
+        options={} if img_size is None else {"img_size": list(pair(img_size))},
+        img_size=pair(getattr(model.patch_embed, "img_size", None) or data["input_size"][1:]),
         grid_size=grid,
         num_prefix_tokens=prefix,
         embed_dim=int(model.embed_dim),
@@ -147,42 +111,8 @@ def build_backbone(
         std=tuple(data["std"]),
         interpolation=data["interpolation"],
         weights_source=source,
-        weights_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        weights_sha256=file_sha256(path),
     )
-
-
-def reachable(url: str, seconds: float = REACH_SECONDS) -> bool:
-    """Tell whether the host of `url`, or the proxy in front of it, takes a connection.
-
-    Decided within about `seconds`: looking up a name can block for much longer than a socket's
-    timeout, so it happens in a thread that is left behind. `WARA_OFFLINE=1` means no.
-
-    Args:
-        url: address with its scheme.
-        seconds: how long to wait.
-
-    Returns:
-        True when a connection was made.
-    """
-    if os.environ.get("WARA_OFFLINE", "") not in ("", "0"):
-        return False
-    target = urlsplit(url)
-    proxy = getproxies().get(target.scheme)
-    address = urlsplit(proxy if proxy and "://" in proxy else f"//{proxy}") if proxy else target
-    port = address.port or (443 if address.scheme == "https" else 80)
-    answered = threading.Event()
-
-    def connect() -> None:
-        try:
-            socket.create_connection((address.hostname or "", port), timeout=seconds).close()
-        except OSError:
-            return  # not reachable is an answer, given by the event that stays unset
-        answered.set()
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds + 0.5)
-    return answered.is_set()
 
 
 def check_name(name: str) -> None:
@@ -213,7 +143,7 @@ def _find_weights(name: str, weights: str | Path | None) -> tuple[Path | None, s
         if not path.is_file():
             remedy = "give the path of a .safetensors or .pth file"
             raise WaraError("data", "no such weights file", f"backbone.weights={path}", remedy)
-        return path, f"file {path}"
+        return path, f"file {path.name}"
     if name == NANO:
         return Path(str(importlib.resources.files("wara") / "weights" / f"{NANO}.safetensors")), (
             "shipped with the package"
@@ -259,7 +189,7 @@ def _create(
         "drop_path_rate": drop_path_rate,
     }
     if img_size is not None:
-        options["img_size"] = _pair(img_size)
+        options["img_size"] = pair(img_size)
     try:
         if name == NANO:
             model: Any = VisionTransformer(**{**NANO_ARCHITECTURE, **options})
@@ -271,8 +201,8 @@ def _create(
         remedy = "choose another img_size (a multiple of the patch size) or backbone"
         raise WaraError("config", f"timm cannot build it: {error}", where, remedy) from error
     # timm cuts off the pixels that do not fill a patch without a word.
-    patch = _pair(getattr(model.patch_embed, "patch_size", None) or 1)
-    for side, step in zip(_pair(img_size or patch), patch, strict=True):
+    patch = pair(getattr(model.patch_embed, "patch_size", None) or 1)
+    for side, step in zip(pair(img_size or patch), patch, strict=True):
         if side % step:
             below = side // step * step
             what = f"img_size {side} is no multiple of the patch size {step}"
@@ -349,8 +279,3 @@ def _resample_position(state: dict[str, Tensor], model: Any) -> dict[str, Tensor
             num_prefix_tokens=model.num_prefix_tokens,
         )
     return {**state, "pos_embed": position}
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    """Return `(H, W)` for one number or two."""
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from wara.config import shipped
 from wara.errors import WaraError, WaraErrors, suggest
+from wara.schema import Section, faults_of, read_yaml
+from wara.storage import shipped
 
 Modality = Literal["fundus", "dermoscopy", "ultrasound", "mammography", "chest_xray"]
 Task = Literal["binary", "multiclass", "multilabel", "ordinal"]
+Augmentation = Literal[
+    "off", "general", "fundus", "dermoscopy", "ultrasound", "mammography", "chest_xray"
+]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ClassInfo(_Part):
+class ClassInfo(Section):
     """One class: its name in tables and metrics, and its meaning to a clinician."""
 
     name: str = Field(min_length=1, max_length=60, description="Name in metrics and predictions.")
@@ -37,7 +33,7 @@ class ClassInfo(_Part):
     )
 
 
-class MedMNISTSource(_Part):
+class MedMNISTSource(Section):
     """One `.npz` file of MedMNIST+, with its official splits."""
 
     kind: Literal["medmnist"]
@@ -49,7 +45,7 @@ class MedMNISTSource(_Part):
     verify: bool = Field(True, description="Compare the MD5 sum with the official one.")
 
 
-class FolderSource(_Part):
+class FolderSource(Section):
     """Class folders: `train|val|test/<class>/…`, or `<class>/…` to be split."""
 
     kind: Literal["folder"]
@@ -70,14 +66,14 @@ class FolderSource(_Part):
         return self
 
 
-class CsvSource(_Part):
+class CsvSource(Section):
     """A table `file,label[,patient][,split]`, paths relative to the table."""
 
     kind: Literal["csv"]
     path: str | None = Field(None, description="CSV file; null: <cache>/<name>/labels.csv.")
 
 
-class PhantomSource(_Part):
+class PhantomSource(Section):
     """Images drawn by `wara.phantoms`, split by the card's own fractions."""
 
     kind: Literal["phantom"]
@@ -91,7 +87,7 @@ Source = Annotated[
 ]
 
 
-class Card(_Part):
+class Card(Section):
     """A data set as `datasets/<name>.yaml` describes it."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="Name of the card; equals its file name.")
@@ -112,7 +108,7 @@ class Card(_Part):
     phantom: str | None = Field(
         None, description="Phantom card that stands in when the images cannot be had."
     )
-    augment: str = Field("general", description="Augmentation preset of the training images.")
+    augment: Augmentation = Field("general", description="Augmentation of training images.")
 
     _base: Path | None = PrivateAttr(default=None)
 
@@ -180,99 +176,15 @@ def load_card(name_or_path: str | Path) -> Card:
 
 
 def _read_card(path: Path, *, base: Path | None) -> Card:
-    try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise WaraError(
-            "config", f"not a readable card: {reason}", str(path), "correct it"
-        ) from error
-    if not isinstance(tree, dict):
-        raise WaraError(
-            "config", "a card is a list of `key: value` lines", str(path), "see datasets/README.md"
-        )
+    tree, origin = read_yaml(path, "card", "see datasets/README.md")
     try:
         card = Card.model_validate(tree)
     except ValidationError as error:
-        raise WaraErrors([_fault(detail, path) for detail in error.errors()]) from error
+        faults = faults_of(error, Card, origin=origin | {(): str(path)})
+        raise WaraErrors(list(faults.values())) from error
     if card.name != path.stem:
         raise WaraError(
             "config", f"the card is named '{card.name}'", str(path), f"write name: {path.stem}"
         )
     card._base = base
     return card
-
-
-def _fault(detail: ErrorDetails, path: Path) -> WaraError:
-    keys = [str(part) for part in detail["loc"]]
-    where = f"{path}: {'.'.join(keys)}" if keys else str(path)
-    kind = detail["type"]
-    if kind == "extra_forbidden":
-        return WaraError("config", f"unknown key '{keys[-1]}'", where, _nearest(keys))
-    if kind == "missing":
-        return WaraError("config", f"'{keys[-1]}' is missing", where, "see datasets/README.md")
-    if kind == "value_error":
-        return WaraError("config", str(detail["ctx"]["error"]), where, "correct the card")
-    if kind == "union_tag_not_found":
-        return WaraError(
-            "config", f"{keys[-1]} has no 'kind'", where, f"one of: {', '.join(_source_kinds())}"
-        )
-    choices: list[str] = []
-    value = detail["input"]
-    if kind == "union_tag_invalid":
-        choices, value = list(_source_kinds()), detail["ctx"]["tag"]
-        where += ".kind"
-    elif kind == "literal_error":
-        choices = re.findall(r"[^\s',]+", str(detail["ctx"]["expected"]).replace(" or ", " "))
-    shown = f"'{value}'" if isinstance(value, str) else str(value)
-    if isinstance(value, (dict, list)):
-        shown = "a section" if isinstance(value, dict) else "a list"
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
-    if choices:
-        key = "kind" if kind == "union_tag_invalid" else keys[-1]
-        return WaraError("config", f"{key} cannot be {shown}", where, suggest(str(value), choices))
-    what = f"{keys[-1] if keys else 'the card'} should be {_wanted(detail)}"
-    if kind != "too_short":
-        what += f", not {'empty' if value is None else shown}"
-    return WaraError("config", what, where, "see datasets/README.md")
-
-
-def _wanted(detail: ErrorDetails) -> str:
-    """Return what a value should have been, in plain words."""
-    limits = detail.get("ctx", {})
-    words = {
-        "string_type": "a text (put it in quotes)",
-        "string_too_short": "a text that is not empty",
-        "string_too_long": f"a text of at most {limits.get('max_length')} characters",
-        "string_pattern_mismatch": "made of letters, digits, '.', '-' and '_'",
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "list_type": "a list",
-        "too_short": f"a list of at least {limits.get('min_length')}",
-        "model_type": "a section with keys of its own",
-        "model_attributes_type": "a section with keys of its own",
-        "greater_than": f"above {limits.get('gt')}",
-        "greater_than_equal": f"at least {limits.get('ge')}",
-        "less_than": f"below {limits.get('lt')}",
-    }
-    return words.get(detail["type"], "something else")
-
-
-def _source_kinds() -> dict[str, Any]:
-    """Return the models of `source` by their kind."""
-    return {
-        get_args(part.model_fields["kind"].annotation)[0]: part
-        for part in (MedMNISTSource, FolderSource, CsvSource, PhantomSource)
-    }
-
-
-def _nearest(keys: list[str]) -> str:
-    fields: dict[str, FieldInfo] = dict(Card.model_fields)
-    if keys[0] == "classes":
-        fields = dict(ClassInfo.model_fields)
-    elif keys[0] == "source" and len(keys) > 1:
-        kinds = _source_kinds()
-        fields = dict(kinds[keys[1]].model_fields) if keys[1] in kinds else {}
-    return suggest(keys[-1], fields)

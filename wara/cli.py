@@ -7,16 +7,14 @@ answered at once.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wara.errors import WaraError, suggest
+from wara.errors import WaraError, as_refusal, suggest
 
 if TYPE_CHECKING:
     from wara.config import RunConfig
@@ -77,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        refusal = _as_refusal(error)
+        refusal = as_refusal(error)
         if getattr(arguments, "debug", False):
             traceback.print_exception(error)
         print(refusal, file=sys.stderr)
@@ -173,20 +171,14 @@ def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
     Raises:
         WaraErrors: kind "config", with all faults at once.
     """
-    from wara.config import find_config, load_config
+    from wara.config import find_config
 
     path = find_config(source)  # a misspelt name is told before torch is loaded
-    from wara.adapters import option_faults
+    from wara.backbones import check_name
+    from wara.config import load_config
 
     return load_config(
-        path,
-        overrides,
-        checks=[
-            _dataset_faults,
-            _backbone_faults,
-            lambda config: option_faults(config["adapter"]),
-            _augment_faults,
-        ],
+        path, overrides, checks={"dataset": _check_dataset, "backbone.name": check_name}
     )
 
 
@@ -197,11 +189,10 @@ def _train(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.cfg, overrides)
     if arguments.print_config:
         from wara.config import dump_config
-        from wara.training.resolve import resolve
 
-        print(dump_config(resolve(config)), end="")
+        print(dump_config(config.resolved()), end="")
         return
-    from wara.training.run import run
+    from wara.training.start import run
 
     run(
         config,
@@ -255,77 +246,27 @@ def _dataset_rows() -> Iterable[Sequence[str]]:
 
 
 def _method_rows() -> Iterable[Sequence[str]]:
-    import dataclasses
-
     from wara.adapters import METHODS
 
     for name, method in METHODS.items():
-        options = ", ".join(
-            f"{field.name}={_default(field)}" for field in dataclasses.fields(method) if field.init
-        )
+        rates = ", ".join(f"{group} {rate:g}" for group, rate in method.rates.items())
+        options = ", ".join(f"{key}={json.dumps(v)}" for key, v in method().options().items())
         yield name, method.summary
-        yield "", f"  lr {method.lr:g}" + (f"; {options}" if options else "")
+        yield "", f"  lr: {rates}" + (f"; {options}" if options else "")
 
 
-def _default(field: Any) -> str:
-    import dataclasses
-
-    if field.default is not dataclasses.MISSING:
-        return json.dumps(field.default, default=str)
-    return (
-        json.dumps(field.default_factory(), default=str) if callable(field.default_factory) else ""
-    )
-
-
-def _dataset_faults(config: dict[str, Any]) -> list[WaraError]:
+def _check_dataset(name: str) -> None:
     from pathlib import Path
 
     from wara.cards import list_cards
 
-    name = config["dataset"]
     cards = list_cards()
     if name in cards or Path(name).expanduser().exists():
-        return []
+        return
     if os.sep in name:
         remedy = "a path counts from the folder you are in"
-        return [WaraError("config", f"no data set at '{name}'", "dataset", remedy)]
-    return [WaraError("config", f"unknown data set '{name}'", "dataset", suggest(name, cards))]
-
-
-def _backbone_faults(config: dict[str, Any]) -> list[WaraError]:
-    from wara.backbones import check_name
-
-    try:
-        check_name(config["backbone"]["name"])
-    except WaraError as fault:
-        return [fault]
-    return []
-
-
-def _augment_faults(config: dict[str, Any]) -> list[WaraError]:
-    from wara.data.augment import PRESETS
-
-    name, names = config["data"]["augment"], ["auto", "off", *PRESETS]
-    if name in names:
-        return []
-    what = f"unknown augmentation preset '{name}'"
-    return [WaraError("config", what, "data.augment", suggest(name, names))]
-
-
-def _as_refusal(error: Exception) -> WaraError:
-    """Return the one line for an exception: its own, or that of the resource or bug it shows."""
-    if isinstance(error, WaraError):
-        return error
-    message = re.sub(r"\s+", " ", str(error)).strip()
-    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        remedy = "halve batch_size and double accumulate"
-        return WaraError("resources", "out of memory", remedy=remedy)
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-    if isinstance(error, OSError) and error.errno in full:
-        remedy = "free some space, or choose another disk with --out"
-        return WaraError("storage", error.strerror or text, str(error.filename or ""), remedy)
-    return WaraError("bug", text, remedy="run again with --debug for the traceback")
+        raise WaraError("config", f"no data set at '{name}'", "dataset", remedy)
+    raise WaraError("config", f"unknown data set '{name}'", "dataset", suggest(name, cards))
 
 
 if __name__ == "__main__":

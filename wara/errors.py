@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable, Sequence
 
 EXIT_CODES = {
@@ -16,6 +18,8 @@ EXIT_CODES = {
     "resources": 7,
     "busy": 8,
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK = (*_FULL, errno.EROFS, errno.EIO)
 
 
 class WaraError(Exception):
@@ -79,3 +83,49 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     names = sorted(choices)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else "choose one of: " + ", ".join(names)
+
+
+def storage_error(error: OSError, path: object) -> WaraError:
+    """Return the refusal for an operating-system error on writing `path`."""
+    if error.errno in _FULL:
+        remedy = "free some space and start again, or choose another disk"
+        return WaraError("storage", "no space left to write", str(path), remedy)
+    reason = error.strerror or type(error).__name__
+    remedy = "check the disk and the permissions"
+    return WaraError("storage", f"cannot write: {reason}", str(path), remedy)
+
+
+def as_refusal(error: BaseException) -> WaraError:
+    """Return the one line for any exception.
+
+    Args:
+        error: what was raised, here or in a data worker, whose errors arrive as text.
+
+    Returns:
+        The error itself when it is a refusal already; that of the resource, disk or option whose
+        lack it shows; else one of kind `bug`.
+    """
+    if isinstance(error, WaraError):
+        return error
+    message = re.sub(r"\s+", " ", str(error)).strip()
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in message
+    ):
+        remedy = "halve batch_size and double accumulate, or choose a smaller backbone or img_size"
+        return WaraError("resources", "out of memory", "", remedy)
+    if "DataLoader worker" in message and ("killed" in message or "exited" in message):
+        remedy = "lower data.workers, or give the machine more (shared) memory"
+        return WaraError("resources", "a data worker was killed", "data.workers", remedy)
+    if "does not have a deterministic implementation" in message:
+        remedy = "set deterministic=false; resuming is then not bit-exact"
+        return WaraError("config", message.split(".")[0], "deterministic", remedy)
+    inside = re.search(r"error\[(data|artefact|storage|resources)\]: (.*)", str(error))
+    if inside:
+        parts = [*inside.group(2).split("; "), "", ""][:3]
+        return WaraError(inside.group(1), *parts)
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return storage_error(error, error.filename or "")
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return WaraError("bug", text, remedy="run again with --debug for the traceback")

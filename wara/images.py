@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from wara.errors import WaraError, suggest
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
+    from torch import Tensor
 
 # A full-field mammogram has 24 million pixels; a file whose header claims more than this is a
 # whole slide, a mistake or an attack. Pillow's own limit (89 million) only warns.
@@ -102,6 +101,11 @@ class ImageSpec:
     interpolation: str = "bicubic"
 
 
+def load_array(source: str | Path | bytes, spec: ImageSpec) -> np.ndarray:
+    """Return one image as `spec` sizes it, uint8 `[h, w, 3]`; raises as `read_image`."""
+    return resize(read_image(source), spec.size, spec.interpolation)
+
+
 def load_tensor(source: str | Path | bytes, spec: ImageSpec) -> Tensor:
     """Read, resize and normalise one image as `spec` says.
 
@@ -111,8 +115,7 @@ def load_tensor(source: str | Path | bytes, spec: ImageSpec) -> Tensor:
     Raises:
         WaraError: kind "data", see `read_image`.
     """
-    array = resize(read_image(source), spec.size, spec.interpolation)
-    return to_tensor(array, spec.mean, spec.std)
+    return to_tensor(load_array(source, spec), spec)
 
 
 def read_image(source: str | Path | bytes) -> np.ndarray:
@@ -191,22 +194,28 @@ def resize(array: np.ndarray, size: tuple[int, int], interpolation: str = "bicub
     return np.array(resized)
 
 
-def to_tensor(
-    array: np.ndarray, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> Tensor:
+def normalise(array: np.ndarray, spec: ImageSpec) -> np.ndarray:
     """Normalise by the backbone's own statistics: `(x / 255 - mean) / std`.
 
     Args:
         array: uint8 `[h, w, 3]`.
-        mean: per channel, for values in 0..1.
-        std: per channel, for values in 0..1.
+        spec: mean and std per channel, for values in 0..1.
 
     Returns:
         float32 `[3, h, w]`, contiguous.
     """
-    tensor = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))).float()
-    scale = torch.tensor(std).view(3, 1, 1) * 255
-    return tensor.div_(scale).sub_((torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1))
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
+    planes = np.ascontiguousarray(array.transpose(2, 0, 1)).astype(np.float32)
+    planes /= std * np.float32(255)
+    planes -= mean / std
+    return planes
+
+
+def to_tensor(array: np.ndarray, spec: ImageSpec) -> Tensor:
+    """Return `normalise` as a tensor, float32 `[3, h, w]`."""
+    import torch  # the rest of this file serves where torch is not installed
+
+    return torch.from_numpy(normalise(array, spec))
 
 
 # --- PNG, JPEG, TIFF --------------------------------------------------------------------------

@@ -15,20 +15,35 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Annotated, Literal, cast, get_args
 
 import ptwt
 import pywt
 import torch
 from ptwt.constants import BoundaryMode
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from wara.errors import WaraError, suggest
+from wara.schema import fault
 
 Taps = tuple[float, ...]
 Bank = tuple[Taps, Taps]
 
-BOUNDARIES = ("symmetric", "reflect", "periodic", "zero", "constant")
+Boundary = Literal["symmetric", "reflect", "periodic", "zero", "constant"]
+BOUNDARIES = get_args(Boundary)
+
+
+def _known_wavelet(name: str) -> str:
+    try:
+        check_wavelet(name)
+    except WaraError as error:
+        raise fault(error.what, error.remedy) from error
+    return name
+
+
+WaveletName = Annotated[str, AfterValidator(_known_wavelet)]
+"""Name of a discrete wavelet, as a field of options."""
 
 
 def check_wavelet(name: str) -> pywt.Wavelet:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 import wara
 from wara.adapters import Method
-from wara.adapters.base import WeightDomainLayer
-from wara.adapters.targets import adapted_layers
+from wara.adapters.base import WeightDomainLayer, adapted_layers
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ANY = ("*",)

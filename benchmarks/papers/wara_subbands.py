@@ -11,58 +11,30 @@ that does not fit the backbone, or an image that has changed since, is refused.
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from paper_tools import figure, write_figure, write_result
-from torch import Tensor, nn
+from torch import Tensor
 
-import wara
-from wara.adapters import read_adapter_config, singular_values, subband_energy
-from wara.backbones import BackboneInfo, build_backbone
-from wara.config import RunConfig, load_config
+from wara.adapters import singular_values, subband_energy
 from wara.data import sources
 from wara.errors import WaraError
 from wara.evaluation import plots
 from wara.images import to_tensor
-from wara.training.files import read_json
-from wara.training.folder import RunFolder
-from wara.training.setup import PHANTOM_SIDE, image_spec
+from wara.runs import Run, load_run
+from wara.training.setup import PHANTOM_SIDE
 
 
-def load_run(path: Path) -> tuple[nn.Module, BackboneInfo, RunConfig, dict[str, Any]]:
-    """Return the trained model of a run folder, its backbone, config and provenance.
-
-    Raises:
-        WaraError: kind `artefact` when this is no run folder, or the adapter does not fit.
-    """
-    folder = RunFolder(path)
-    if not folder.is_run:
-        what = "not a run folder: no config.yaml and provenance.json"
-        raise WaraError("artefact", what, str(path), "give the folder of a finished run")
-    config, provenance = load_config(folder.config), read_json(folder.provenance)
-    wanted, name = config.backbone, provenance["backbone"]["name"]
-    model, info = build_backbone(
-        name,
-        num_classes=read_adapter_config(path / "adapter")["num_classes"],
-        img_size=wanted.img_size,
-        # Offline, the small backbone may have stood in for the one the weights belong to.
-        weights=wanted.weights if name == wanted.name else None,
-        offline="error",
-    )
-    wara.load_adapter(model, path / "adapter")
-    return model.eval(), info, config, provenance
-
-
-def run_images(path: Path, config: RunConfig, info: BackboneInfo, count: int) -> Tensor:
+def run_images(run: Run, count: int) -> Tensor:
     """Return the first test images of a run, `[b, 3, H, W]`, as its evaluation reads them.
 
     Raises:
         WaraError: kind `data` when an image is gone or is not the one of the run.
     """
+    config, spec = run.config, run.spec
     images = sources.open_source(
         config.dataset,
         cache=config.data.cache,
@@ -71,29 +43,29 @@ def run_images(path: Path, config: RunConfig, info: BackboneInfo, count: int) ->
         images=config.data.images,
         phantom_size=PHANTOM_SIDE,
     )
-    with (path / "splits.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"][:count]
+    rows = [row for row in run.splits() if row.split == "test"][:count]
     places = {record.file: i for i, record in enumerate(images.records)}
-    spec, found = image_spec(info), []
+    found = []
     for row in rows:
-        place = places.get(row["file"])
-        if place is None or images.sha256(place) != row["sha256"]:
-            what = f"the test image {row['file']} is not the one of the run"
+        place = places.get(row.file)
+        if place is None or images.sha256(place) != row.sha256:
+            what = f"the test image {row.file} is not the one of the run"
             raise WaraError("data", what, config.dataset, "give the data the run was made with")
-        pixels = images.resized(place, spec.size, spec.interpolation)
-        found.append(to_tensor(pixels, spec.mean, spec.std))
+        found.append(to_tensor(images.array(place, spec), spec))
     if not found:
-        raise WaraError("data", "the run has no test images", str(path), "give another run")
+        where = str(run.folder.path)
+        raise WaraError("data", "the run has no test images", where, "give another run")
     return torch.stack(found)
 
 
 def measure(path: Path, count: int) -> dict[str, Any]:
     """Return energies, their shares and singular values of a run."""
-    model, info, config, provenance = load_run(path)
-    images = run_images(path, config, info, count)
+    run = load_run(path)
+    model, method = run.model(), run.config.adapter.name
+    images = run_images(run, count)
     energy = subband_energy(model, images)
     if not energy:
-        what = f"the method '{config.adapter.method}' has no subbands"
+        what = f"the method '{method}' has no subbands"
         raise WaraError("usage", what, str(path), "give runs of wara or tiny_wara")
     spectra = {
         layer: {band: values.tolist() for band, values in bands.items()}
@@ -101,11 +73,11 @@ def measure(path: Path, count: int) -> dict[str, Any]:
     }
     return {
         "run": path.name,
-        "method": config.adapter.method,
-        "dataset": provenance["data"]["name"],
-        "synthetic": provenance["synthetic"],
-        "seed": config.seed,
-        "backbone": info.name,
+        "method": method,
+        "dataset": run.provenance["data"]["name"],
+        "synthetic": run.synthetic,
+        "seed": run.config.seed,
+        "backbone": run.backbone.name,
         "images": len(images),
         "energy": energy,
         "share": shares(energy),

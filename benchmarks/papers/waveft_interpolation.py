@@ -43,8 +43,8 @@ from torch import Tensor, nn
 
 import wara
 from wara.adapters import LoRA, Method, SHiRA, WaveFT
+from wara.adapters.base import adapted_layers
 from wara.adapters.sparse import SparseLayer, draw_places
-from wara.adapters.targets import adapted_layers
 
 SIDE, PAIRS = 784, 5
 SPARSE = (784, 1568, 3136, 4704, 7840, 11760, 15680)

@@ -30,9 +30,9 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import structural_rank
 
 from wara.adapters import LoRA, SHiRA, WaveFT
+from wara.adapters.base import adapted_layers
 from wara.adapters.lora import LoRALayer
 from wara.adapters.sparse import draw_places
-from wara.adapters.targets import adapted_layers
 
 Shape = tuple[int, int]
 SHAPES: tuple[Shape, ...] = ((640, 640), (1280, 1280), (640, 2048), (1280, 2048))

@@ -1,51 +1,64 @@
 """Fine-tuning methods and what can be done with an adapted model."""
 
 from wara.adapters.analysis import singular_values, subband_energy
-from wara.adapters.base import Method
+from wara.adapters.base import AdapterLayer, LinearAdapter, Method, options
 from wara.adapters.exchange import export_peft, import_peft
-from wara.adapters.files import load_adapter, read_adapter_config, save_adapter
-from wara.adapters.inject import (
-    adapt,
+from wara.adapters.files import AdapterFile, load_adapter, read_adapter, save_adapter
+from wara.adapters.inject import adapt, merge, unload
+from wara.adapters.lora import LoRA
+from wara.adapters.methods import (
+    METHODS,
+    find_method,
+    method_from_options,
+    read_method,
+    section_of,
+)
+from wara.adapters.probes import Full, LinearProbe
+from wara.adapters.sparse import SHiRA, WaveFT
+from wara.adapters.state import (
+    adaptation_of,
     adapter_state_dict,
     base_hash,
     count_parameters,
     load_adapter_state,
-    merge,
     parameter_groups,
     trainable_parameters,
-    unload,
 )
-from wara.adapters.lora import LoRA
-from wara.adapters.methods import METHODS, method_from_options, method_options, option_faults
-from wara.adapters.probes import Full, LinearProbe
-from wara.adapters.sparse import SHiRA, WaveFT
+from wara.adapters.targets import TargetedMethod
 from wara.adapters.wara import TinyWaRA, WaRA
 
 __all__ = [
     "METHODS",
+    "AdapterFile",
+    "AdapterLayer",
     "Full",
+    "LinearAdapter",
     "LinearProbe",
     "LoRA",
     "Method",
     "SHiRA",
+    "TargetedMethod",
     "TinyWaRA",
     "WaRA",
     "WaveFT",
     "adapt",
+    "adaptation_of",
     "adapter_state_dict",
     "base_hash",
     "count_parameters",
     "export_peft",
+    "find_method",
     "import_peft",
     "load_adapter",
     "load_adapter_state",
     "merge",
     "method_from_options",
-    "method_options",
-    "option_faults",
+    "options",
     "parameter_groups",
-    "read_adapter_config",
+    "read_adapter",
+    "read_method",
     "save_adapter",
+    "section_of",
     "singular_values",
     "subband_energy",
     "trainable_parameters",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wara.adapters.base import AdaptedLinear, LowRankLayer
-from wara.adapters.targets import adapted_layers
+from wara.adapters.base import AdaptedLinear, adapted_layers
+from wara.adapters.lora import LowRankLayer
 from wara.adapters.wara import SubbandLayer
 
 

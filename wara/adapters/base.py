@@ -1,38 +1,66 @@
-"""What a method and an adapted layer are.
+"""What a method, an adapter layer and an adapted module are.
 
-A *method* is a small frozen dataclass of options. It changes a model in place (`prepare`) and
-declares by type what trains: every parameter of an `AdapterLayer`, plus the base parameters for
+A *method* is one validated, frozen object. It knows its options, its size and its learning rates,
+and returns adapter layers by the path of the module each sits on; `wara.adapt` puts them there.
+What trains is declared by type: every parameter of an `AdapterLayer`, plus the base parameters for
 which `trains` answers yes. Freezing, counting, optimising and saving follow from that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
+import pydantic
 import torch
+from pydantic import Field, ValidationError
+from pydantic_core import ArgsKwargs
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from wara.errors import WaraError
+from wara.errors import WaraError, WaraErrors
+from wara.schema import STRICT, fault, faults_of
 
 Rows = tuple[int, int]
 
+GROUPS = ("adapter", "core", "head")
+"""What may have a learning rate of its own."""
+
 
 class AdapterLayer(nn.Module):
-    """The trainable part that sits on one linear layer.
+    """The trainable part that sits on one module of the base.
 
-    All its parameters train. All its persistent buffers are saved.
+    Its `forward(base, *inputs)` returns what the adapted module gives, for a base module and its
+    inputs. All its parameters train. All its persistent buffers are saved; those that are not
+    persistent must follow from the options, or from the saved ones in `refresh`.
+    """
+
+    core_names: ClassVar[frozenset[str]] = frozenset()
+    """Names of the parameters that take the learning rate of the cores."""
+
+    def merged(self, base: nn.Module) -> nn.Module | None:
+        """Return a plain module that computes the same, `None` when there is none.
+
+        Args:
+            base: the module it sits on; it must not be changed.
+        """
+        return None
+
+    def attach(self, module: nn.Module) -> None:
+        """Take note of the adapted module it now belongs to; most adapters need not know it."""
+
+    def refresh(self) -> None:
+        """Recompute what follows from saved tensors, after these were loaded."""
+
+
+class LinearAdapter(AdapterLayer):
+    """An adapter on a linear layer, or on some of its output rows.
 
     Args:
         rows: ranges `[start, stop)` of the output rows it updates, one per target; a fused
             query-key-value layer with all three adapted has three.
         out_features: rows of the linear layer.
     """
-
-    core_names: ClassVar[frozenset[str]] = frozenset()
-    """Names of the parameters that take the learning rate of the cores."""
 
     def __init__(self, rows: Sequence[Rows], out_features: int) -> None:
         super().__init__()
@@ -43,139 +71,120 @@ class AdapterLayer(nn.Module):
         """Return the output `[b, n, o]` of the layer with its update, for input `[b, n, d]`."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
-    def attach(self, linear: AdaptedLinear) -> None:
-        """Take note of the layer it now sits on; most adapters need not know it."""
+    def merged_weight(self) -> Tensor | None:
+        """Return the change of weight `[o, d]` that it amounts to, `None` when there is none."""
+        return None
 
-    def refresh(self) -> None:
-        """Recompute what follows from saved tensors, after these were loaded."""
+    @torch.no_grad()
+    def merged(self, base: nn.Module) -> nn.Module | None:
+        """Return a linear layer with the update in its weight, `None` when none can hold it."""
+        delta = self.merged_weight()
+        if delta is None:
+            return None
+        linear: Any = base
+        weight = nn.Parameter(linear.weight.detach() + delta.to(linear.weight.dtype))
+        return plain_linear(weight, linear.bias)
 
 
-class WeightDomainLayer(AdapterLayer):
+class WeightDomainLayer(LinearAdapter):
     """An adapter whose update is a change of the weight, so it can be merged."""
 
     def delta_weight(self) -> Tensor:
         """Return `λ ΔW`, shape `[o, d]`, zero in rows that are not adapted."""
         raise TypeError(f"{type(self).__name__} does not define delta_weight")
 
+    def merged_weight(self) -> Tensor | None:
+        """Return `λ ΔW`."""
+        return self.delta_weight()
 
-class TokenDomainLayer(AdapterLayer):
+
+class TokenDomainLayer(LinearAdapter):
     """An adapter whose update depends on where a token lies, so it has no `delta_weight`."""
 
-    def merged_weight(self) -> Tensor | None:
-        """Return the equal change of weight `[o, d]` when there happens to be one, else `None`."""
-        return None
 
+class AdaptedModule(nn.Module):
+    """A module of the base with an adapter on it, in the place of the module.
 
-class LowRankLayer(AdapterLayer):
-    """Shared arithmetic of the low-rank adapters: `y = x W0ᵀ + b0 + scale · mix(x Aᵀ) Bᵀ`.
-
-    Row groups are handled together: `A` holds the factors of all groups `[g r, d]`, and `B` is
-    applied as one block-diagonal matrix. With ranks this small the product is bound by reading
-    the activations, which this way are read once.
+    It holds the base module's own parameters, buffers and children under their own names, and the
+    adapter as one more child. So no name in a state dict changes, and the base module is as it was
+    once the adapter is taken off.
 
     Args:
-        rows: adapted row ranges, `g` of them.
-        in_features: width in, `d`.
-        out_features: width out, `o`.
-        rank: `r` per group.
-        scale: `α / r`.
-        dropout: probability of dropping an input entry on the adapter's path.
-    """
-
-    down: Tensor
-    up: Tensor
-
-    def __init__(
-        self,
-        rows: Sequence[Rows],
-        in_features: int,
-        out_features: int,
-        *,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(rows, out_features)
-        self.in_features = in_features
-        self.rank = rank
-        self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout else None
-        self.sizes = [stop - start for start, stop in self.rows]
-
-    @property
-    def groups(self) -> int:
-        """Number of adapted row groups."""
-        return len(self.rows)
-
-    def block_up(self) -> Tensor:
-        """Return `B` of all groups as one matrix `[o, g r]`, zero outside its blocks."""
-        blocks = self.up.split(self.sizes)
-        if self.groups == 1 and self.sizes[0] == self.out_features:
-            return self.up
-        out = self.up.new_zeros(self.out_features, self.groups * self.rank)
-        for i, ((start, stop), block) in enumerate(zip(self.rows, blocks, strict=True)):
-            out[start:stop, i * self.rank : (i + 1) * self.rank] = block
-        return out
-
-    def mix(self, z: Tensor) -> Tensor:
-        """Update `[…, g r]` in rank space; plain low rank leaves it alone."""
-        return z
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `[b, n, o]` for input `[b, n, d]`; see the class."""
-        # Flat rows, so that the output is a tensor of its own and not a view: the update can
-        # then be added in place by the product itself, without a pass of its own over [b, n, o].
-        flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, weight, bias)
-        path = flat if self.dropout is None else self.dropout(flat)
-        z = F.linear(path, self.down)
-        z = self.mix(z.reshape(*x.shape[:-1], -1)).reshape(flat.shape[0], -1)
-        y = y.addmm_(z.to(y.dtype), self.block_up().T.to(y.dtype), alpha=self.scale)
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def product(self, middle: Tensor | None = None) -> Tensor:
-        """Return `scale · B M A`, `[o, d]`, with `M` `[g, r, r]` between, or nothing."""
-        down = self.down.reshape(self.groups, self.rank, self.in_features)
-        if middle is not None:
-            down = middle.to(down.dtype) @ down
-        out = self.down.new_zeros(self.out_features, self.in_features)
-        for (start, stop), up, factor in zip(
-            self.rows, self.up.split(self.sizes), down, strict=True
-        ):
-            out[start:stop] = up @ factor
-        return self.scale * out
-
-
-class AdaptedLinear(nn.Linear):
-    """A linear layer with an adapter on it.
-
-    It takes over the weight and bias of the layer it replaces, under the same names, so the base
-    part of a state dict does not change.
-
-    Args:
-        base: the frozen linear layer.
-        adapter: the update; it must answer to the rows of `base`.
+        base: the module.
+        adapter: what is called in its stead.
     """
 
     adapter: AdapterLayer
 
-    def __init__(self, base: nn.Linear, adapter: AdapterLayer) -> None:
+    def __init__(self, base: nn.Module, adapter: AdapterLayer) -> None:
         nn.Module.__init__(self)
-        self.in_features = base.in_features
-        self.out_features = base.out_features
-        self.weight = base.weight
-        self.bias = base.bias
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = base.__dict__[table]
+        # In a tuple, so that it does not become a child of itself.
+        self._base = (base,)
+        self._modules.update(base._modules)
         self.training = base.training
         self.adapter = adapter.train(base.training)
         adapter.attach(self)
+
+    @property
+    def base(self) -> nn.Module:
+        """The module without its adapter; they share everything else."""
+        return self._base[0]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Another adapter may be put on a child of the base module, and taken off again.
+        if isinstance(value, nn.Module) and name in self.base._modules:
+            self.base._modules[name] = value
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode."""
+        super().train(mode)
+        self.base.training = mode
+        return self
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return what the adapter makes of the base module and the inputs."""
+        return self.adapter(self.base, *inputs, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        # timm asks modules for what they are, such as `patch_embed.grid_size`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_base" not in self.__dict__:
+                raise
+            return getattr(self.base, name)
+
+
+class AdaptedLinear(AdaptedModule, nn.Linear):
+    """A linear layer with an adapter on it."""
+
+    adapter: LinearAdapter
+
+    def __init__(self, base: nn.Linear, adapter: LinearAdapter) -> None:
+        AdaptedModule.__init__(self, base, adapter)
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    # A linear layer has nothing else to ask for, and a compiler traces the plain look-up.
+    __getattr__ = nn.Module.__getattr__
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted output `[…, o]` for input `[…, d]`."""
         return self.adapter(x, self.weight, self.bias)
 
-    def plain(self) -> nn.Linear:
-        """Return a linear layer without the adapter that holds the same weight and bias."""
-        return plain_linear(self.weight, self.bias)
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Return the adapted linear layers of a model by their dotted path.
+
+    Args:
+        model: any model.
+
+    Returns:
+        Paths and layers in the model's order; empty when nothing is adapted.
+    """
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -195,24 +204,71 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """Options of a fine-tuning method. One subclass per method; the class is the registry entry.
+def is_skeleton() -> bool:
+    """Whether layers are being built for their shapes alone, under `torch.device("meta")`.
+
+    So are those that are counted for a budget, and those whose tensors come from a file.
+    """
+    return torch.get_default_device().type == "meta"
+
+
+class _Refusing(type):
+    """Turns what pydantic says of wrong options into refusals, where a method is made in Python."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        try:
+            return super().__call__(*args, **options)
+        except ValidationError as error:
+            raise WaraErrors(list(option_faults(error, cls).values())) from error
+
+
+def option_faults(error: ValidationError, method: Any, **shown: Any) -> dict[Any, WaraError]:
+    """Return what is wrong with the options of a method, as `faults_of` does."""
+    return faults_of(error, method, prefix=("adapter",), **shown)
+
+
+Class = TypeVar("Class", bound=type)
+_OPTIONS: Any = {key: value for key, value in STRICT.items() if key != "frozen"}
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def options(cls: Class) -> Class:
+    """Make a class of options: frozen, checked when made, each field with a sentence.
+
+    A field is written `name: type = Field(default, ge=1, description="A sentence.")`.
+    """
+    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_OPTIONS)(cls)  # type: ignore[return-value]
+
+
+@options
+class Method(metaclass=_Refusing):
+    """A fine-tuning method with its options. One subclass per method, decorated with `options`.
 
     The fields are the keys that a config may set under `adapter:`.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    lr: ClassVar[float] = 2e-3
-    """Peak learning rate of AdamW that suits it, see docs/methods.md."""
+    """What trains, in a few words."""
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-3, "head": 2e-3}
+    """Peak learning rate of AdamW for each of `GROUPS` that trains, see docs/methods.md. The first
+    is the one that `lr` sets."""
+    knob: ClassVar[tuple[str, ...]] = ()
+    """Options that a budget turns, the one that counts first; none where the size is fixed."""
     mergeable: ClassVar[bool] = True
     """Whether a trained model can always be merged into a plain one."""
     reversible: ClassVar[bool] = False
     """Whether the base parameters that train are few enough to keep a copy of, for `unload`."""
 
-    def prepare(self, model: nn.Module) -> None:
-        """Put the adapter layers into `model`, in place."""
+    def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
+        """Return the adapter layers by the dotted path of the module each sits on.
+
+        Called under `torch.device("meta")` for shapes alone; see `is_skeleton`.
+
+        Args:
+            model: the base; it must not be changed.
+        """
+        return {}
 
     def trains(self, name: str, owner: nn.Module) -> bool:
         """Tell whether the base parameter `name`, which `owner` holds, trains."""
@@ -242,6 +298,31 @@ class Method:
     def load_training_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         """Go on from what `training_state` returned; an empty state starts afresh."""
 
+    def options(self) -> dict[str, Any]:
+        """Return the options as plain values that JSON and YAML can hold.
+
+        What a budget turns is left out while one is set: it is not decided yet.
+        """
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if plain.get("budget") is not None:
+            plain = {key: value for key, value in plain.items() if key not in self.knob}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
+
+
+def refuse_size_beside_budget(knob: Sequence[str], given: Any) -> Any:
+    """Raise the fault of a size that stands beside a budget, which would decide it too.
+
+    Args:
+        knob: options that the budget turns.
+        given: what a validator before validation gets: a mapping or arguments.
+    """
+    named: Any = given.kwargs if isinstance(given, ArgsKwargs) else given
+    if isinstance(named, Mapping) and named.get("budget") is not None:
+        for key in knob:
+            if named.get(key) is not None:
+                raise fault(f"{key} and budget are both set", "set one of the two", "budget")
+    return given
+
 
 def require(condition: bool, what: str, key: str, remedy: str) -> None:
     """Raise a config refusal unless `condition` holds.
@@ -257,35 +338,3 @@ def require(condition: bool, what: str, key: str, remedy: str) -> None:
     """
     if not condition:
         raise WaraError("config", what, f"adapter.{key}", remedy)
-
-
-def check_rank(rank: int) -> None:
-    """Refuse a rank that is not a positive integer.
-
-    Args:
-        rank: the wanted rank.
-
-    Raises:
-        WaraError: kind `config`.
-    """
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
-    require(whole and rank >= 1, f"rank is {rank!r}", "rank", "set an integer of at least 1")
-
-
-def identity_cores(groups: int, subbands: int, rank: int, core: str) -> Tensor:
-    """Return cores `K_s = I` in the wanted form.
-
-    Args:
-        groups: adapted row groups, `g`.
-        subbands: `s`.
-        rank: `r`.
-        core: `scalar`, `diag` or `full`.
-
-    Returns:
-        Ones `[g, s]` or `[g, s, r]`, or identities `[g, s, r, r]`.
-    """
-    if core == "scalar":
-        return torch.ones(groups, subbands)
-    if core == "diag":
-        return torch.ones(groups, subbands, rank)
-    return torch.eye(rank).repeat(groups, subbands, 1, 1)

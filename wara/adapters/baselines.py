@@ -7,15 +7,17 @@ LN-tuning need nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from timm.layers import RmsNorm
 from torch import Tensor, nn
 
-from wara.adapters.base import AdapterLayer, Method, require
-from wara.adapters.lora import check_low_rank
+from wara.adapters.base import LinearAdapter, Method, adapted_layers, options, require
+from wara.adapters.lora import DROPOUT, MOST_RANK, LowRankMethod
 from wara.adapters.peft_layers import (
     ADAPTER,
     AdaLoRALayer,
@@ -26,14 +28,13 @@ from wara.adapters.peft_layers import (
     PeftLayer,
     peft_library,
 )
-from wara.adapters.targets import Target, TargetedMethod, adapted_layers
-from wara.errors import suggest
+from wara.adapters.targets import Target, TargetedMethod
+from wara.schema import NotZero, fault
 
-Groups = list[list[Any]]
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class PeftMethod(TargetedMethod):
     """A method whose layers PEFT builds, one per adapted matrix.
 
@@ -42,30 +43,31 @@ class PeftMethod(TargetedMethod):
     """
 
     draws: ClassVar[bool] = False
+    layer: ClassVar[type[PeftLayer]] = PeftLayer
 
     def config(self, peft: Any) -> Any:
         """Return PEFT's options, without targets."""
         raise TypeError(f"{type(self).__name__} does not define config")
 
-    def build(self, model: nn.Module, targets: list[Target]) -> list[AdapterLayer]:
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target, with what PEFT makes of its row groups.
 
         Raises:
             WaraError: kind `config` when PEFT is not installed or an option exceeds a matrix.
         """
         peft = peft_library()
-        self.check_matrices(
-            [(stop - start, t.linear.in_features) for t in targets for start, stop in t.rows]
-        )
+        self.check_matrices([shape for target in targets for shape in target.shapes])
         config = self.config(peft)
         config.target_modules = r"\d+\.\d+"
-        box = nn.ModuleList(
-            nn.ModuleList(BorrowedRows(target.linear, rows) for rows in target.rows)
-            for target in targets
-        )
-        # PEFT asks for the device of the first parameter of what it is given.
-        box.register_parameter("anchor", nn.Parameter(targets[0].linear.weight.new_empty(0)))
-        tuner = peft.get_peft_model(box, config, adapter_name=ADAPTER).base_model
+        # PEFT draws with generators of its own on the CPU, and puts tensors where the layer is.
+        with torch.device("cpu"):
+            box = nn.ModuleList(
+                nn.ModuleList(BorrowedRows(target.linear, rows) for rows in target.rows)
+                for target in targets
+            )
+            # PEFT asks for the device of the first parameter of what it is given.
+            box.register_parameter("anchor", nn.Parameter(targets[0].linear.weight.new_empty(0)))
+            tuner = peft.get_peft_model(box, config, adapter_name=ADAPTER).base_model
         groups = [list(group) for group in box.children() if isinstance(group, nn.ModuleList)]
         return self.wrap(targets, groups, tuner)
 
@@ -73,38 +75,26 @@ class PeftMethod(TargetedMethod):
         """Refuse options that do not fit matrices of shapes `(o, d)`."""
 
     def wrap(
-        self, targets: list[Target], groups: list[list[Any]], tuner: Any
-    ) -> list[AdapterLayer]:
+        self, targets: Sequence[Target], groups: list[list[Any]], tuner: Any
+    ) -> list[LinearAdapter]:
         """Return one layer per target from the PEFT layers of its row groups."""
         return [
-            PeftLayer(target, group, draws=self.draws)
+            self.layer(target, group, draws=self.draws)
             for target, group in zip(targets, groups, strict=True)
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DoRA(PeftMethod):
-    """DoRA (arXiv 2402.09353): LoRA for the direction of each row, a magnitude of its own.
-
-    Args:
-        rank: `r`.
-        alpha: `α`; none means `α = r`, a scale of 1.
-        dropout: probability of dropping an input entry on the adapter's path.
-    """
+@options
+class DoRA(LowRankMethod, PeftMethod):
+    """DoRA (arXiv 2402.09353): LoRA for the direction of each row, a magnitude of its own."""
 
     name: ClassVar[str] = "dora"
     summary: ClassVar[str] = "low-rank update of the direction of the weight, and its magnitude"
-    lr: ClassVar[float] = 6e-3
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
     draws: ClassVar[bool] = True
+    layer: ClassVar[type[PeftLayer]] = DoRALayer
 
-    rank: int = 4
-    alpha: float | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_low_rank(self.rank, self.alpha, self.dropout)
+    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
     def config(self, peft: Any) -> Any:
         """Return PEFT's options, without targets."""
@@ -115,74 +105,62 @@ class DoRA(PeftMethod):
             use_dora=True,
         )
 
-    def wrap(
-        self, targets: list[Target], groups: list[list[Any]], tuner: Any
-    ) -> list[AdapterLayer]:
-        """Return one layer per target from the PEFT layers of its row groups."""
-        return [
-            DoRALayer(target, group, draws=self.draws)
-            for target, group in zip(targets, groups, strict=True)
-        ]
 
-
-@dataclass(frozen=True, kw_only=True)
-class AdaLoRA(PeftMethod):
+@options
+class AdaLoRA(LowRankMethod, PeftMethod):
     """AdaLoRA (arXiv 2303.10512): `ΔW = B diag(e) A`; ranks go where they matter most.
 
     Every matrix starts at `init_rank`. As training goes on, the least important ranks of the whole
     model are taken away until the mean is `rank`; PEFT's allocator decides, called in each step.
-
-    Args:
-        rank: mean rank at the end.
-        init_rank: rank of every matrix at the start; none means 1.5 times `rank`.
-        alpha: `α`; none means a scale of 1.
-        dropout: probability of dropping an input entry on the adapter's path.
-        tinit: share of the steps before ranks begin to fall.
-        tfinal: share of the steps after the last rank has fallen.
-        delta_t: steps between two allocations.
-        beta1: decay of the running mean of importance.
-        beta2: decay of the running mean of its uncertainty.
-        orth_reg_weight: weight of `‖AAᵀ - I‖ + ‖BᵀB - I‖` in the loss.
     """
 
     name: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "low-rank update whose ranks move to the layers that need them"
-    lr: ClassVar[float] = 2e-2
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-2, "head": 2e-3}
+    # The paper starts at 1.5 times the rank it ends with, and the start is what trains.
+    knob: ClassVar[tuple[str, ...]] = ("init_rank", "rank")
     draws: ClassVar[bool] = True
 
-    rank: int = 4
-    init_rank: int | None = None
-    alpha: float | None = None
-    dropout: float = 0.0
-    tinit: float = 0.1
-    tfinal: float = 0.3
-    delta_t: int = 10
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
+    rank: int = Field(4, ge=1, le=MOST_RANK, description="Mean rank at the end.")
+    init_rank: int | None = Field(
+        None, ge=2, le=2 * MOST_RANK, description="Rank at the start; null: 1.5 times rank."
+    )
+    alpha: float | None = Field(
+        None, gt=0, description="The update is scaled by alpha / rank at the start; null: by 1."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
+    tinit: float = Field(0.1, ge=0, lt=1, description="Share of the steps before ranks fall.")
+    tfinal: float = Field(0.3, ge=0, lt=1, description="Share of the steps after the last fall.")
+    delta_t: int = Field(10, ge=1, le=1_000_000, description="Steps between two allocations.")
+    beta1: float = Field(0.85, gt=0, lt=1, description="Decay of the mean of importance.")
+    beta2: float = Field(0.85, gt=0, lt=1, description="Decay of the mean of its uncertainty.")
+    orth_reg_weight: float = Field(
+        0.5, ge=0, le=1e6, description="Weight of the orthogonality of A and B in the loss."
+    )
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_low_rank(self.rank, self.alpha, self.dropout)
-        more = f"set more than rank, {self.rank}, or null"
-        require(self.start_rank > self.rank, f"init_rank is {self.init_rank}", "init_rank", more)
-        for key in ("tinit", "tfinal"):
-            share = getattr(self, key)
-            require(0 <= share < 1, f"{key} is {share}", key, "set a share of the steps in [0, 1)")
-        fits = self.tinit + self.tfinal < 1
-        require(fits, "no step is left to take ranks away in", "tfinal", "lower tinit or tfinal")
-        require(self.delta_t >= 1, f"delta_t is {self.delta_t}", "delta_t", "set 1 or more")
-        for key in ("beta1", "beta2"):
-            beta = getattr(self, key)
-            require(0 < beta < 1, f"{key} is {beta}", key, "set a number between 0 and 1")
-        weight = self.orth_reg_weight
-        require(weight >= 0, f"orth_reg_weight is {weight}", "orth_reg_weight", "set 0 or more")
+    @model_validator(mode="after")
+    def _ranks_and_steps_fit(self) -> AdaLoRA:
+        if self.start_rank <= self.rank:
+            remedy = f"set more than rank, {self.rank}, or null"
+            raise fault(f"init_rank is {self.init_rank}", remedy, "init_rank")
+        if self.tinit + self.tfinal >= 1:
+            remedy = "lower tinit or tfinal"
+            raise fault("no step is left to take ranks away in", remedy, "tfinal")
+        return self
 
     @property
     def start_rank(self) -> int:
         """Rank of every matrix at the start."""
         return math.ceil(1.5 * self.rank) if self.init_rank is None else self.init_rank
+
+    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
+        """Return 2, the least rank from which one can be taken away."""
+        return 2, None
+
+    def turned(self, value: int) -> AdaLoRA:
+        """Return the method that starts at a rank, and ends at two thirds of it."""
+        end = max(1, min(value - 1, round(value / 1.5)))
+        return replace(self, init_rank=value, rank=end)
 
     def config(self, peft: Any) -> Any:
         """Return PEFT's options, without targets; the length of training comes in `on_step`."""
@@ -199,8 +177,8 @@ class AdaLoRA(PeftMethod):
         )
 
     def wrap(
-        self, targets: list[Target], groups: list[list[Any]], tuner: Any
-    ) -> list[AdapterLayer]:
+        self, targets: Sequence[Target], groups: list[list[Any]], tuner: Any
+    ) -> list[LinearAdapter]:
         """Return one layer per target, all with the same allocator."""
         allocation = Allocation(tuner)
         return [
@@ -242,51 +220,27 @@ def _adalora_layers(model: nn.Module) -> list[AdaLoRALayer]:
     return [adapter for adapter in adapters if isinstance(adapter, AdaLoRALayer)]
 
 
-def allocated_ranks(model: nn.Module) -> dict[str, list[int]]:
-    """Return the ranks that AdaLoRA has left in each layer.
-
-    Args:
-        model: a model adapted with `AdaLoRA`, after at least one step.
-
-    Returns:
-        By layer, one rank per row group; empty for other methods.
-    """
-    return {
-        name: layer.adapter.ranks()
-        for name, layer in adapted_layers(model).items()
-        if isinstance(layer.adapter, AdaLoRALayer)
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
+@options
 class VeRA(PeftMethod):
     """VeRA (arXiv 2310.11454): `ΔW = diag(b) B diag(d) A` with `A`, `B` random, frozen and shared.
 
     One `A [r, max d]` and one `B [max o, r]` serve all layers, which take the part they need. Both
-    are stored in the adapter file, once.
-
-    Args:
-        rank: `r`; larger than LoRA's, for a layer trains only `o + r` numbers.
-        d_initial: value of `d` at the start; `b` starts at 0.
-        dropout: probability of dropping an input entry on the adapter's path.
-        seed: draws `A` and `B`.
+    are stored in the adapter file, once. The rank is larger than LoRA's, for a layer trains only
+    `o + r` numbers.
     """
 
     name: ClassVar[str] = "vera"
     summary: ClassVar[str] = "two scaling vectors per layer around shared random matrices"
-    lr: ClassVar[float] = 1.5e-2
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 1.5e-2, "head": 2e-3}
+    knob: ClassVar[tuple[str, ...]] = ("rank",)
     draws: ClassVar[bool] = True
 
-    rank: int = 256
-    d_initial: float = 0.1
-    dropout: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_low_rank(self.rank, None, self.dropout)
-        require(self.d_initial != 0, "d_initial is 0", "d_initial", "set another number")
+    rank: int = Field(256, ge=1, le=1_000_000, description="Rank r of the random matrices.")
+    d_initial: Annotated[float, NotZero] = Field(
+        0.1, ge=-1e6, le=1e6, description="Value of d at the start; b starts at 0."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
+    seed: int = Field(0, ge=0, lt=2**63, description="Draws the matrices, which are stored.")
 
     def config(self, peft: Any) -> Any:
         """Return PEFT's options, without targets."""
@@ -299,61 +253,55 @@ class VeRA(PeftMethod):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoHa(PeftMethod):
-    """LoHa (arXiv 2108.06098): `ΔW = (α/r) (B₁A₁) ⊙ (B₂A₂)`, of rank up to `r²`.
-
-    Args:
-        rank: `r` of each of the two products.
-        alpha: `α`; none means `α = r`, a scale of 1.
-    """
+@options
+class LoHa(LowRankMethod, PeftMethod):
+    """LoHa (arXiv 2108.06098): `ΔW = (α/r) (B₁A₁) ⊙ (B₂A₂)`, of rank up to `r²`."""
 
     name: ClassVar[str] = "loha"
     summary: ClassVar[str] = "entrywise product of two low-rank updates"
-    lr: ClassVar[float] = 6e-3
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
 
-    rank: int = 4
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_low_rank(self.rank, self.alpha, 0.0)
+    rank: int = Field(4, ge=1, le=MOST_RANK, description="Rank r of each of the two products.")
 
     def config(self, peft: Any) -> Any:
         """Return PEFT's options, without targets."""
         return peft.LoHaConfig(r=self.rank, alpha=self.rank if self.alpha is None else self.alpha)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoKr(PeftMethod):
-    """LoKr (arXiv 2309.14859): `ΔW = (α/r) C ⊗ D`, the larger factor of low rank.
-
-    Args:
-        rank: `r` of `D`, and of `C` with `decompose_both`; a factor too small for it is full.
-        alpha: `α`; none means `α = r`, a scale of 1.
-        decompose_both: write `C` as a product too.
-        decompose_factor: rows and columns of `C`, or the nearest below that divide the matrix; -1
-            splits as evenly as possible.
-    """
+@options
+class LoKr(LowRankMethod, PeftMethod):
+    """LoKr (arXiv 2309.14859): `ΔW = (α/r) C ⊗ D`, the larger factor of low rank."""
 
     name: ClassVar[str] = "lokr"
     summary: ClassVar[str] = "Kronecker product of a small and a low-rank matrix"
-    lr: ClassVar[float] = 2e-2
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-2, "head": 2e-3}
 
-    rank: int = 4
-    alpha: float | None = None
-    decompose_both: bool = False
-    decompose_factor: int = -1
+    rank: int = Field(4, ge=1, le=MOST_RANK, description="Rank of D, and of C with decompose_both.")
+    decompose_both: bool = Field(False, description="Write C as a product too.")
+    decompose_factor: Annotated[int, NotZero] = Field(
+        -1, ge=-1, le=MOST_RANK, description="Rows and columns of C; -1 splits evenly."
+    )
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_low_rank(self.rank, self.alpha, 0.0)
-        factor = self.decompose_factor
-        valid = factor == -1 or factor >= 1
-        remedy = "set 1 or more, or -1"
-        require(valid, f"decompose_factor is {factor}", "decompose_factor", remedy)
+    def forms(self) -> Sequence[TargetedMethod]:
+        """Return the factors to choose from where none is set.
+
+        Automatic factors split a matrix so evenly that no rank reaches a usual budget.
+        """
+        factors = (-1, 16, 8, 4, 2) if self.decompose_factor == -1 else (self.decompose_factor,)
+        return [replace(self, decompose_factor=factor) for factor in factors]
+
+    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
+        """Return 1, and the rank from which the larger factor of a matrix is full."""
+        sides = [side for target in targets for shape in target.shapes for side in shape]
+        return 1, max(1, max(math.ceil(self._larger(side) / 2) for side in sides))
+
+    def _larger(self, side: int) -> int:
+        """Return what remains of a side when the factor, or the nearest below, is taken out."""
+        wanted = side if self.decompose_factor == -1 else self.decompose_factor
+        if self.decompose_factor > 0 and side % self.decompose_factor == 0:
+            return side // self.decompose_factor
+        small = max(n for n in range(1, math.isqrt(side) + 1) if side % n == 0 and n <= wanted)
+        return side // small
 
     def config(self, peft: Any) -> Any:
         """Return PEFT's options, without targets."""
@@ -365,34 +313,29 @@ class LoKr(PeftMethod):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class FourierFT(PeftMethod):
     """FourierFT (arXiv 2405.03003): `ΔW = scaling · Re IDFT2(C)`, `C` zero but for `n` entries.
 
-    Args:
-        n_frequency: trained entries of `C` per matrix, at random places.
-        scaling: factor on the inverse transform, which divides by `d o`.
-        init: `zero` starts as the base model; `gaussian` as in the paper, N(0, 1).
-        seed: draws the places, the same for matrices of one shape; stored in the adapter file.
+    The inverse transform divides by `d o`. Matrices of one shape have the same places.
     """
 
     name: ClassVar[str] = "fourierft"
     summary: ClassVar[str] = "a few Fourier coefficients of the weight update"
-    lr: ClassVar[float] = 5e-2
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 5e-2, "head": 2e-3}
+    knob: ClassVar[tuple[str, ...]] = ("n_frequency",)
+    layer: ClassVar[type[PeftLayer]] = FourierFTLayer
 
-    n_frequency: int = 1000
-    scaling: float = 150.0
-    init: str = "zero"
-    seed: int = 777
+    n_frequency: int = Field(1000, ge=1, description="Trained entries of C per matrix.")
+    scaling: float = Field(150.0, gt=0, le=1e9, description="Factor on the inverse transform.")
+    init: Literal["zero", "gaussian"] = Field(
+        "zero", description="Start as the base model, or from N(0, 1) as in the paper."
+    )
+    seed: int = Field(777, ge=0, lt=2**63, description="Draws the places, which are stored.")
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        n = self.n_frequency
-        require(n >= 1, f"n_frequency is {n}", "n_frequency", "set 1 or more")
-        require(self.scaling > 0, f"scaling is {self.scaling}", "scaling", "set a number above 0")
-        known = self.init in ("zero", "gaussian")
-        require(known, f"init is {self.init!r}", "init", suggest(self.init, ("zero", "gaussian")))
+    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
+        """Return 1, and the entries of the smallest matrix."""
+        return 1, min(o * d for target in targets for o, d in target.shapes)
 
     def check_matrices(self, shapes: list[tuple[int, int]]) -> None:
         """Refuse more coefficients than a matrix has."""
@@ -409,23 +352,14 @@ class FourierFT(PeftMethod):
             random_loc_seed=self.seed,
         )
 
-    def wrap(
-        self, targets: list[Target], groups: list[list[Any]], tuner: Any
-    ) -> list[AdapterLayer]:
-        """Return one layer per target from the PEFT layers of its row groups."""
-        return [
-            FourierFTLayer(target, group, draws=self.draws)
-            for target, group in zip(targets, groups, strict=True)
-        ]
 
-
-@dataclass(frozen=True, kw_only=True)
+@options
 class BitFit(Method):
     """BitFit (arXiv 2106.10199): train every bias of the base; the trained model is plain."""
 
     name: ClassVar[str] = "bitfit"
     summary: ClassVar[str] = "every bias of the base trains"
-    lr: ClassVar[float] = 6e-3
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
     reversible: ClassVar[bool] = True
 
     def trains(self, name: str, owner: nn.Module) -> bool:
@@ -434,13 +368,13 @@ class BitFit(Method):
         return leaf == "bias" or leaf.endswith("_bias")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LNTuning(Method):
     """LN-tuning (arXiv 2312.11420): train every layer normalisation; the trained model is plain."""
 
     name: ClassVar[str] = "ln_tuning"
     summary: ClassVar[str] = "scale and shift of every layer normalisation train"
-    lr: ClassVar[float] = 2e-2
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-2, "head": 2e-3}
     reversible: ClassVar[bool] = True
 
     def trains(self, name: str, owner: nn.Module) -> bool:

@@ -2,228 +2,63 @@
 
 A budget is a multiple of what LoRA of rank 1 trains on the same targets, `Σ (d + o)` over the
 adapted matrices; a fused query-key-value layer with all three adapted counts as three matrices.
-The sizes here are formulas: nothing is built to be counted.
+What a setting trains is counted, not computed: one layer per distinct shape is built without
+numbers (on torch's `meta` device).
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from wara.adapters.base import Method
+from wara.adapters.targets import Target, TargetedMethod, parse_budget
 from wara.errors import WaraError
 
 TOLERANCE = 0.1
 """How far above a budget a method's smallest setting may lie before the budget is refused."""
 
-_GRAMMAR = re.compile(r"\s*(?:(?P<times>\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?lora_r(?P<rank>\d+)\s*")
 
-
-def parse_budget(text: str | float) -> float:
-    """Return a budget as a multiple of what LoRA of rank 1 trains.
+def size_of(method: TargetedMethod, model: nn.Module, targets: Sequence[Target]) -> int:
+    """Count what a method trains on targets, without building it.
 
     Args:
-        text: `lora_r<R>` or `<number>*lora_r<R>`, such as `lora_r4` or `0.8*lora_r1`; a number
-            alone is a multiple of rank 1.
+        method: with targets.
+        model: that the targets were found in; it is not changed.
+        targets: all of the method's.
 
     Returns:
-        `number · R`, above 0.
-
-    Raises:
-        WaraError: kind `config` when the text is neither.
+        Trainable numbers. A parameter that layers share counts once.
     """
-    match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
-    multiple = float(match["times"] or 1) * int(match["rank"]) if match else 0.0
-    if isinstance(text, int | float) and not isinstance(text, bool) and math.isfinite(text):
-        multiple = float(text)
-    if multiple <= 0:
-        remedy = "write lora_r<rank> or a multiple of it, such as lora_r4, 0.8*lora_r1 or 0.8"
-        raise WaraError("config", f"budget {text!r} is not understood", "adapter.budget", remedy)
-    return multiple
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A frozen matrix that a method adapts on its own.
-
-    Args:
-        layer: number of the linear layer that it is part of.
-        d: width in.
-        o: width out.
-    """
-
-    layer: int
-    d: int
-    o: int
-
-
-Matrices = Sequence[Matrix]
-Size = Callable[[Any, Matrices], int]
-
-
-@dataclass(frozen=True)
-class Knob:
-    """How the size of a method is set.
-
-    Args:
-        size: trainable parameters of a method on given matrices.
-        turn: the method with the knob at a value.
-        most: largest useful value; none for no limit.
-        least: smallest value.
-    """
-
-    size: Size
-    turn: Callable[[Any, int], Any]
-    most: Callable[[Any, Matrices], int] | None = None
-    least: int = 1
-
-    def candidates(self, method: Any, matrices: Matrices, goal: int) -> Iterable[Any]:
-        """Return the smallest method, and the two next to `goal`; sizes grow with the knob."""
-        low = self.least
-        if self.most is not None:
-            high = max(low, self.most(method, matrices))
-        else:
-            high = 2 * low
-            while self.size(self.turn(method, high), matrices) < goal:
-                high *= 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.size(self.turn(method, middle), matrices) <= goal:
-                low = middle
+    shapes: Counter[Any] = Counter()
+    samples: list[Target] = []
+    for target in targets:
+        key = (target.linear.in_features, target.linear.out_features, target.rows)
+        shapes[key] += 1
+        # Two of a kind tell what each layer has for itself from what they share.
+        if shapes[key] <= 2:
+            samples.append(target.bare())
+    with torch.device("meta"):
+        built = method.build(model, samples)
+    holders = Counter(id(p) for layer in built for p in layer.parameters())
+    own: Counter[Any] = Counter()
+    shared: dict[int, int] = {}
+    for target, layer in zip(samples, built, strict=True):
+        key = (target.linear.in_features, target.linear.out_features, target.rows)
+        for parameter in layer.parameters():
+            if holders[id(parameter)] > 1:
+                shared[id(parameter)] = parameter.numel()
             else:
-                high = middle
-        return [self.turn(method, value) for value in sorted({self.least, low, high})]
-
-
-class LoKrKnob(Knob):
-    """LoKr: rank, and the factor of the decomposition where it is left to be chosen."""
-
-    def candidates(self, method: Any, matrices: Matrices, goal: int) -> Iterable[Any]:
-        """Return every rank below the one from which LoKr no longer decomposes."""
-        # Automatic factors split a matrix so evenly that no rank reaches a usual budget.
-        factors = (-1, 16, 8, 4, 2) if method.decompose_factor == -1 else (method.decompose_factor,)
-        for factor in factors:
-            changed = replace(method, decompose_factor=factor)
-            sides = [side for m in matrices for side in _lokr_shape(changed, m)[1]]
-            for rank in range(1, math.ceil(max(sides) / 2) + 1):
-                yield replace(changed, rank=rank)
-
-
-def _rank(method: Any, value: int) -> Any:
-    return replace(method, rank=value)
-
-
-def _adalora(method: Any, value: int) -> Any:
-    # The paper starts at 1.5 times the rank it ends with.
-    return replace(method, init_rank=value, rank=max(1, min(value - 1, round(value / 1.5))))
-
-
-def _cores(method: Any) -> int:
-    """Return how many numbers the cores of one adapted matrix hold."""
-    subbands, r = 3 * method.level + 1, method.rank
-    return {"identity": 0, "scalar": 1, "diag": r, "full": r * r}[method.core] * subbands
-
-
-def _tiny(method: Any, matrices: Matrices) -> int:
-    subbands, u = 3 * method.level + 1, method.coefficients
-    owners = {"subband": subbands * len(matrices), "layer": _layers(matrices), "model": 1}
-    return owners[method.share] * u
-
-
-def _tiny_most(method: Any, matrices: Matrices) -> int:
-    """Return the freedom that one vector `v` can have: entries of the cores it sets."""
-    cores = 3 * method.level + 1
-    shared = {
-        "subband": 1,
-        "layer": cores * min(sum(m.layer == n for m in matrices) for n in range(_layers(matrices))),
-        "model": cores * len(matrices),
-    }
-    return shared[method.share] * method.rank**2
-
-
-def _layers(matrices: Matrices) -> int:
-    return len({m.layer for m in matrices})
-
-
-def _lokr_shape(method: Any, m: Matrix) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the shapes of the two Kronecker factors."""
-    (left_o, right_o), (left_d, right_d) = (
-        _factors(side, method.decompose_factor) for side in (m.o, m.d)
+                own[key] += parameter.numel()
+    return sum(shared.values()) + sum(
+        count * shapes[key] // min(2, shapes[key]) for key, count in own.items()
     )
-    return (left_o, left_d), (right_o, right_d)
-
-
-def _factors(side: int, factor: int) -> tuple[int, int]:
-    """Return the two factors LoKr writes a side as: `factor`, or the nearest below that divides."""
-    if factor > 0 and side % factor == 0:
-        return factor, side // factor
-    most = side if factor == -1 else factor
-    best = 1
-    for small in range(1, math.isqrt(side) + 1):
-        if side % small == 0 and small <= most:
-            best = small
-    return best, side // best
-
-
-def _lokr(method: Any, matrices: Matrices) -> int:
-    total, r = 0, method.rank
-    for m in matrices:
-        (a, c), (b, d) = _lokr_shape(method, m)
-        low_left = method.decompose_both and r < max(a, c) / 2
-        total += r * (a + c) if low_left else a * c
-        total += r * (b + d) if r < max(b, d) / 2 else b * d
-    return total
-
-
-def _sum(number: Callable[[Any, Matrix], int]) -> Size:
-    return lambda method, matrices: sum(number(method, m) for m in matrices)
-
-
-def _sparse(method: Any, matrices: Matrices) -> int:
-    return sum(method.counts([(m.o, m.d) for m in matrices]))
-
-
-def _entries(method: Any, matrices: Matrices) -> int:
-    return min(m.d * m.o for m in matrices)
-
-
-KNOBS: dict[str, Knob] = {
-    "lora": Knob(_sum(lambda x, m: x.rank * (m.d + m.o)), _rank),
-    "wara": Knob(_sum(lambda x, m: x.rank * (m.d + m.o) + _cores(x)), _rank),
-    "tiny_wara": Knob(_tiny, lambda x, value: replace(x, coefficients=value), _tiny_most),
-    "dora": Knob(_sum(lambda x, m: x.rank * (m.d + m.o) + m.o), _rank),
-    "adalora": Knob(_sum(lambda x, m: x.start_rank * (m.d + m.o + 1)), _adalora, least=2),
-    "vera": Knob(_sum(lambda x, m: x.rank + m.o), _rank),
-    "loha": Knob(_sum(lambda x, m: 2 * x.rank * (m.d + m.o)), _rank),
-    "lokr": LoKrKnob(_lokr, _rank),
-    "waveft": Knob(_sparse, lambda x, value: replace(x, k=value), _entries),
-    "shira": Knob(_sparse, lambda x, value: replace(x, k=value), _entries),
-    "fourierft": Knob(
-        _sum(lambda x, m: x.n_frequency), lambda x, n: replace(x, n_frequency=n), _entries
-    ),
-}
-
-
-def matrices_of(method: Any, model: nn.Module) -> list[Matrix]:
-    """Return the matrices that a method with targets would adapt.
-
-    Args:
-        method: a method with targets.
-        model: the model; it is not changed.
-
-    Raises:
-        WaraError: kind `config` when a target matches nothing.
-    """
-    return [
-        Matrix(number, target.linear.in_features, stop - start)
-        for number, target in enumerate(method.find(model))
-        for start, stop in target.rows
-    ]
 
 
 def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, int, int]:
@@ -243,15 +78,15 @@ def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, 
             over a tenth more than wanted; then the smallest budget is named.
     """
     multiple = parse_budget(wanted)
-    knob = KNOBS.get(method.name)
-    if knob is None:
+    if not method.knob:
         what = f"what '{method.name}' trains is fixed, so no budget can be set"
         raise WaraError("config", what, "adapter.budget", "remove it, or choose another method")
-    plain: Any = replace(method, budget=None)  # type: ignore[call-arg]
-    matrices = matrices_of(plain, model)
-    unit = sum(m.d + m.o for m in matrices)
+    change: dict[str, Any] = {"budget": None}
+    plain: Any = replace(method, **change)
+    targets = plain.find(model)
+    unit = sum(o + d for target in targets for o, d in target.shapes)
     goal = round(multiple * unit)
-    sized = [(knob.size(x, matrices), x) for x in knob.candidates(plain, matrices, goal)]
+    sized = [pair for form in plain.forms() for pair in _near(form, model, targets, goal)]
     least = min(size for size, _ in sized)
     if least > goal * (1 + TOLERANCE):
         what = f"budget {wanted} is {goal:,} parameters, and '{method.name}' has at least {least:,}"
@@ -260,6 +95,34 @@ def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, 
         raise WaraError("config", what, "adapter.budget", remedy)
     got, fitted = min(sized, key=lambda item: (abs(item[0] - goal), item[0]))
     return fitted, goal, got
+
+
+def _near(
+    method: TargetedMethod, model: nn.Module, targets: Sequence[Target], goal: int
+) -> Iterator[tuple[int, TargetedMethod]]:
+    """Yield size and method at the least value of the knob, and on both sides of the goal."""
+    sizes: dict[int, int] = {}
+
+    def size(value: int) -> int:
+        if value not in sizes:
+            sizes[value] = size_of(method.turned(value), model, targets)
+        return sizes[value]
+
+    least, most = method.knob_range(targets)
+    low, high = least, least + 1
+    if most is not None:
+        high = max(low, most)
+    else:
+        while size(high) < goal:
+            low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if size(middle) <= goal:
+            low = middle
+        else:
+            high = middle
+    for value in sorted({least, low, high}):
+        yield size(value), method.turned(value)
 
 
 def _round_up(number: float) -> str:

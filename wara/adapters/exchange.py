@@ -20,19 +20,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from wara.adapters.base import AdaptedLinear, Method
-from wara.adapters.files import CONFIG_FILE, WEIGHTS_FILE, write_whole
-from wara.adapters.inject import RECORD, adapt, record_of, unload
+from wara.adapters.base import AdaptedLinear, Method, adapted_layers
+from wara.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from wara.adapters.inject import adapt, suspend
 from wara.adapters.lora import LoRA, LoRALayer
 from wara.adapters.sparse import SHiRA, SparseLayer, WaveFT, draw_places
+from wara.adapters.state import adaptation_of
 from wara.adapters.targets import (
     ALIASES,
     Blocks,
-    adapted_layers,
     find_targets,
     is_pattern,
 )
 from wara.errors import WaraError
+from wara.storage import parse_json, replacing_folder
+from wara.vit import classifier_names
 
 PREFIX = "base_model.model."
 PARTS = {
@@ -81,19 +83,18 @@ def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     config, state = _read(folder)
     kind = config["peft_type"]
     layers, rest = _split(state, kind, folder)
-    if hasattr(model, RECORD):
-        unload(model)
-    _check_layers(model, layers, folder)
-    classes = _match_classifier(model, rest, folder)
-    if classes is not None:
-        model.reset_classifier(classes)  # type: ignore[operator]
-    names = [name for name, _ in model.named_modules() if name in layers]
-    cls, options = _METHODS[kind](config, layers, names)
-    adapt(model, cls(**options, **_targets(model, names)))
+    undo = suspend(model)
     try:
+        _check_layers(model, layers, folder)
+        classes = _match_classifier(model, rest, folder)
+        if classes is not None:
+            model.reset_classifier(classes)  # type: ignore[operator]
+        names = [name for name, _ in model.named_modules() if name in layers]
+        cls, options = _METHODS[kind](config, layers, names)
+        adapt(model, cls(**options, **_targets(model, names)))
         _fill(model, config, layers)
-    except WaraError:
-        unload(model)
+    except BaseException:
+        undo()
         raise
     with torch.no_grad():
         for name, tensor in rest.items():
@@ -112,10 +113,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise _refuse(f"no {name} in the PEFT folder", folder, remedy)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = parse_json((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError) as error:
         raise _refuse("not valid JSON", folder / CONFIG_FILE, remedy) from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    kind = config.get("peft_type")
     if kind not in PARTS:
         known = ", ".join(sorted(PARTS))
         raise _refuse(f"PEFT type {kind!r} cannot be imported", folder, f"known are {known}")
@@ -182,12 +183,9 @@ def _match_classifier(model: nn.Module, rest: dict[str, Tensor], folder: Path) -
     if not rest:
         return None
     own = dict(model.named_parameters())
-    getter = getattr(model, "get_classifier", None)
-    found = getter() if getter else ()
-    modules = found if isinstance(found, tuple | list) else (found,)
-    heads = {id(p) for module in modules for p in module.parameters()}
+    heads = classifier_names(model)
     remedy = "use the model that the adapter was trained on, its head in PEFT's modules_to_save"
-    alien = sorted(n for n in rest if n not in own or id(own[n]) not in heads)
+    alien = sorted(n for n in rest if n not in heads)
     if alien:
         what = f"the file holds {', '.join(alien[:3])}, which is no part of the classifier"
         raise _refuse(what, folder / WEIGHTS_FILE, remedy)
@@ -301,16 +299,16 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
             cannot express it, `storage` when writing fails.
     """
     folder = Path(folder)
-    record = record_of(model)
+    adaptation = adaptation_of(model)
     layers = adapted_layers(model)
     kinds = {_kind(layer) for layer in layers.values()}
-    if record.base or len(kinds) != 1 or None in kinds:
-        what = f"PEFT has no form for a '{record.method.name}' adapter"
+    if adaptation.base or len(kinds) != 1 or None in kinds:
+        what = f"PEFT has no form for a '{adaptation.method.name}' adapter"
         raise _refuse(what, folder, "merge it and save the merged weights")
     (kind,) = kinds
     assert kind is not None
-    own, state = _WRITERS[kind](record.method, layers)
-    heads = list(dict.fromkeys(name.rpartition(".")[0] for name in record.head))
+    own, state = _WRITERS[kind](adaptation.method, layers)
+    heads = list(dict.fromkeys(name.rpartition(".")[0] for name in adaptation.head))
     config = {
         "peft_type": kind,
         "task_type": None,
@@ -323,15 +321,11 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
         "modules_to_save": heads or None,
         **own,
     }
-    state.update({name: model.get_parameter(name) for name in record.head})
+    state.update({name: model.get_parameter(name) for name in adaptation.head})
     plain = {PREFIX + n: t.detach().cpu().clone().contiguous() for n, t in state.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / WEIGHTS_FILE, save(plain, metadata={"format": "pt"}))
-        write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-    except OSError as error:
-        what = f"cannot write the adapter: {error}"
-        raise WaraError("storage", what, str(folder), "free space or choose another") from error
+    with replacing_folder(folder) as fresh:
+        (fresh / WEIGHTS_FILE).write_bytes(save(plain, metadata={"format": "pt"}))
+        (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 

@@ -1,126 +1,194 @@
-"""The adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
+"""The adapter folder: `adapter_config.json` and `adapter_model.safetensors`, one artefact.
+
+The JSON file says what the tensors are and what they fit, and holds their SHA-256 and one of its
+own content; both files are replaced in one step. What does not agree is refused before the model is
+touched.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal
 
+import torch
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
-from wara.adapters.inject import (
-    RECORD,
-    adapt,
+from wara import __version__
+from wara.adapters.inject import adapt, suspend
+from wara.adapters.methods import method_from_options, method_key
+from wara.adapters.state import (
+    adaptation_of,
     adapter_state_dict,
     base_hash,
-    classifiers,
+    check_state,
     load_adapter_state,
-    record_of,
-    unload,
 )
-from wara.adapters.methods import method_from_options, method_options
 from wara.errors import WaraError
+from wara.schema import Section, faults_of
+from wara.storage import canonical_sha256, parse_json, replacing_folder
+from wara.vit import BackboneInfo, classifiers, unwrap
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT = "wara-adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MOST_JSON = 1 << 22
+"""A description above this many bytes is none; a list of `k` for each matrix takes a thousandth."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def save_adapter(model: nn.Module, folder: str | Path, extra: dict[str, Any] | None = None) -> Path:
+class AdapterFile(Section):
+    """What `adapter_config.json` says; tensors and model are held against it."""
+
+    format: Literal["wara-adapter"] = Field(description="What the folder is.")
+    version: Literal[2] = Field(description="Version of this form.")
+    wara: str = Field(max_length=100, description="Version of the package that wrote it.")
+    method: str = Field(min_length=1, max_length=500, description="Name of the method.")
+    options: dict[str, Any] = Field(description="Its options; a budget is fitted already.")
+    model: str = Field(max_length=500, description="Class of the base model.")
+    base_sha256: Sha256 = Field(description="Fingerprint of the base, see `base_hash`.")
+    num_classes: int | None = Field(ge=0, le=1_000_000, description="Outputs of the head.")
+    backbone: BackboneInfo | None = Field(description="The backbone and what its images must be.")
+    task: Literal["binary", "multiclass", "multilabel", "ordinal"] | None = Field(
+        description="What is predicted."
+    )
+    classes: list[str] | None = Field(description="Names of the outputs, in order.")
+    extra: dict[str, Any] = Field(description="Whatever else the writer noted.")
+    tensors_sha256: Sha256 = Field(description="SHA-256 of the file of tensors.")
+    sha256: Sha256 = Field(description="SHA-256 of all above, as canonical JSON.")
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    backbone: BackboneInfo | None = None,
+    task: str | None = None,
+    classes: Sequence[str] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
     """Write adapter and head to a folder.
 
     Args:
-        model: an adapted model.
-        folder: made if absent; the two files in it are replaced, each in one step.
-        extra: what else to record under `extra` in the JSON file, such as class names.
+        model: an adapted model, compiled or not.
+        folder: made if absent; the two files in it are replaced in one step.
+        backbone: what the model was built from and what its images must be, where known.
+        task: what is predicted.
+        classes: names of the outputs, in order.
+        extra: what else to record, such as the epoch; plain values.
 
     Returns:
         The folder.
 
     Raises:
-        WaraError: kind `config` when the model is not adapted, `storage` when writing fails.
+        WaraError: kind `config` when the model is not adapted or the classes do not match its head,
+            `storage` when writing fails.
     """
-    folder = Path(folder)
-    record = record_of(model)
-    state = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(model).items()}
-    config = {
+    folder, inner = Path(folder), unwrap(model)
+    adaptation = adaptation_of(inner)
+    count = getattr(inner, "num_classes", None)
+    if classes is not None and count is not None and len(classes) != count:
+        what = f"{len(classes)} class names for a head with {count} outputs"
+        raise WaraError("config", what, "classes", "name every output, in order")
+    state = {name: t.cpu().contiguous().clone() for name, t in adapter_state_dict(inner).items()}
+    tensors = save(state, metadata={"format": FORMAT})
+    content = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "method": record.method.name,
-        "options": method_options(record.method),
-        "model": type(model).__name__,
-        "num_classes": getattr(model, "num_classes", None),
-        "base_sha256": base_hash(model),
+        "wara": __version__,
+        "method": method_key(adaptation.method),
+        "options": adaptation.method.options(),
+        "model": type(inner).__name__,
+        "base_sha256": base_hash(inner),
+        "num_classes": count,
+        "backbone": None if backbone is None else backbone.model_dump(mode="json"),
+        "task": task,
+        "classes": None if classes is None else list(classes),
         "extra": extra or {},
+        "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / WEIGHTS_FILE, save(state, metadata={"format": FORMAT}))
-        write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-    except OSError as error:
-        remedy = "free space or choose another folder"
-        raise WaraError(
-            "storage", f"cannot write the adapter: {error}", str(folder), remedy
-        ) from error
+    whole = content | {"sha256": canonical_sha256(content)}
+    with replacing_folder(folder) as fresh:
+        (fresh / WEIGHTS_FILE).write_bytes(tensors)
+        (fresh / CONFIG_FILE).write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n")
     return folder
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+def read_adapter(folder: str | Path) -> AdapterFile:
     """Read and check the JSON file of an adapter folder.
 
     Args:
         folder: what `save_adapter` wrote.
 
     Returns:
-        The content; see `save_adapter`.
+        The content.
 
     Raises:
-        WaraError: kind `artefact` when a file is missing or not of this format.
+        WaraError: kind `artefact` when a file is missing, damaged, or not of this form.
     """
     folder = Path(folder)
-    remedy = "give the adapter/ folder of a finished run"
+    remedy = "give the adapter/ folder of a finished run, as it was written"
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise WaraError("artefact", f"no {name} in the adapter folder", str(folder), remedy)
+    path = folder / CONFIG_FILE
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WaraError("artefact", "not valid JSON", str(folder / CONFIG_FILE), remedy) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise WaraError("artefact", "not a wara adapter", str(folder / CONFIG_FILE), remedy)
-    kinds = {"method": str, "options": dict, "base_sha256": str, "num_classes": int | None}
-    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
-    if config.get("version") == FORMAT_VERSION and wrong:
-        what = f"missing or of the wrong kind: {', '.join(wrong)}"
-        raise WaraError("artefact", what, str(folder / CONFIG_FILE), remedy)
-    if config.get("version") != FORMAT_VERSION:
-        what = f"adapter format {config.get('version')} where {FORMAT_VERSION} is known"
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"above {MOST_JSON:,} bytes")
+        content = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise WaraError("artefact", f"not valid JSON: {error}", str(path), remedy) from error
+    if content.get("format") != FORMAT:
+        raise WaraError("artefact", "not a wara adapter", str(path), remedy)
+    if content.get("version") != FORMAT_VERSION:
+        what = f"adapter format {content.get('version')!r} where {FORMAT_VERSION} is known"
         raise WaraError("artefact", what, str(folder), "install the wara version that wrote it")
-    return config
+    try:
+        found = AdapterFile.model_validate(content)
+    except ValidationError as error:
+        first = next(iter(faults_of(error, AdapterFile).values()))
+        raise WaraError("artefact", first.what, str(path), remedy) from error
+    own = {key: value for key, value in content.items() if key != "sha256"}
+    try:
+        agrees = canonical_sha256(own) == found.sha256
+    except (ValueError, RecursionError):
+        agrees = False
+    if not agrees:
+        what = "the description was changed since it was written: its checksum does not agree"
+        raise WaraError("artefact", what, str(path), remedy)
+    return found
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = True) -> nn.Module:
+def _read_tensors(folder: Path, wanted: str) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    remedy = "copy the adapter folder again; the file is damaged"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WaraError("artefact", f"cannot read: {error.strerror}", str(path), remedy) from error
+    if hashlib.sha256(data).hexdigest() != wanted:
+        what = "the tensors are not those of the description: their checksum does not agree"
+        raise WaraError("artefact", what, str(path), remedy)
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise WaraError("artefact", str(error), str(path), remedy) from error
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    check_base: bool = True,
+    classes: Sequence[str] | None = None,
+) -> nn.Module:
     """Put a saved adapter and its head onto a timm model, in place.
 
     An adapter that the model carries is taken off first, so adapters can be switched on one base.
@@ -128,7 +196,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
     Args:
         model: the base model the adapter was trained on; its classifier is resized if needed.
         folder: what `save_adapter` wrote.
-        check_base: refuse a model whose base weights are not those of training.
+        check_base: refuse a model that is not the one of training: other weights, heads, grid or
+            pooling.
+        classes: refuse an adapter whose outputs are others, or in another order.
 
     Returns:
         The same model, adapted, with logits bit-identical to those of the saved one.
@@ -137,64 +207,51 @@ def load_adapter(model: nn.Module, folder: str | Path, *, check_base: bool = Tru
         WaraError: kind `artefact` when the files are damaged or do not fit the model, which is then
             left as it was.
     """
-    folder = Path(folder)
-    config = read_adapter_config(folder)
+    folder, inner = Path(folder), unwrap(model)
+    found = read_adapter(folder)
+    if classes is not None and found.classes != list(classes):
+        what = f"the adapter's classes are {found.classes}, not {list(classes)}"
+        raise WaraError("artefact", what, str(folder), "map its outputs by its own names")
+    state = _read_tensors(folder, found.tensors_sha256)
     try:
-        state = load((folder / WEIGHTS_FILE).read_bytes())
-    except SafetensorError as error:
-        remedy = "copy the adapter folder again; the file is damaged"
-        raise WaraError("artefact", str(error), str(folder / WEIGHTS_FILE), remedy) from error
-    try:
-        method = method_from_options(config["method"], config["options"])
+        method = method_from_options(found.method, found.options)
     except WaraError as error:
-        remedy = "install the wara version that wrote it"
-        raise WaraError("artefact", error.what, str(folder / CONFIG_FILE), remedy) from error
-    undo = _remember(model)
+        remedy = "install the version of wara, or the package of the method, that wrote it"
+        where = str(folder / CONFIG_FILE)
+        raise WaraError("artefact", error.what, where, remedy) from error
+    undo = suspend(inner)
     try:
-        classes = config["num_classes"]
-        if classes is not None and getattr(model, "num_classes", classes) != classes:
-            cast(Any, model).reset_classifier(classes)
-        adapt(model, method)
-        if check_base and base_hash(model) != config["base_sha256"]:
+        _resize_head(inner, found.num_classes)
+        _adapt_as_saved(inner, method, folder)
+        if check_base and base_hash(inner) != found.base_sha256:
             what = "the base weights are not those the adapter was trained on"
-            remedy = "load the backbone weights named in the run's provenance.json"
+            if type(inner).__name__ != found.model:
+                what = f"the base is a {type(inner).__name__}, the adapter's was a {found.model}"
+            remedy = "build the backbone with the weights, heads, grid and pooling of training"
             raise WaraError("artefact", what, str(folder), remedy)
-        load_adapter_state(model, state)
+        check_state(inner, state)
     except BaseException:
         undo()
         raise
+    load_adapter_state(inner, state)
     return model
 
 
-def _remember(model: Any) -> Callable[[], None]:
-    """Take the adapter off a model, if it carries one; return what puts all back as it was."""
-    before = None
-    if hasattr(model, RECORD):
-        state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
-        before = (record_of(model).method, state)
-        unload(model)
-    heads = {
-        name: module
-        for name, module in model.named_modules()
-        if any(module is head for head in classifiers(model))
-    }
-    count = getattr(model, "num_classes", None)
-
-    def undo() -> None:
-        if hasattr(model, RECORD):
-            unload_quietly(model)
-        for name, module in heads.items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module)
-        if count is not None:
-            model.num_classes = count
-        if before is not None:
-            load_adapter_state(adapt(model, before[0]), before[1])
-
-    return undo
+def _resize_head(model: Any, count: int | None) -> None:
+    """Give the model a head with so many outputs; its numbers come with the adapter's."""
+    if count in (None, getattr(model, "num_classes", count)):
+        return
+    like = next(model.parameters())
+    with torch.device("meta"):
+        model.reset_classifier(count)
+    for head in classifiers(model):
+        head.to(like.dtype).train(model.training)
 
 
-def unload_quietly(model: nn.Module) -> None:
-    """Take a freshly placed adapter off again, also where `unload` would refuse."""
-    if record_of(model).removable:
-        unload(model)
+def _adapt_as_saved(model: nn.Module, method: Any, folder: Path) -> None:
+    try:
+        adapt(model, method, empty=True)
+    except WaraError as error:
+        # Options that no model of this kind can have: the fault is the file's.
+        remedy = "use the backbone that the adapter was trained on"
+        raise WaraError("artefact", error.what, str(folder), remedy) from error

@@ -3,52 +3,33 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wara.adapters.base import (
+    AdaptedLinear,
+    AdaptedModule,
     AdapterLayer,
+    LinearAdapter,
     Method,
-    TokenDomainLayer,
-    WeightDomainLayer,
-    plain_linear,
 )
 from wara.adapters.budget import fit
-from wara.adapters.targets import adapted_layers, remove
+from wara.adapters.state import (
+    ADAPTATION,
+    Adaptation,
+    Attribute,
+    adaptation_of,
+    named_parameters,
+    trainable_parameters,
+)
 from wara.errors import WaraError
-
-RECORD = "wara_record"
-"""Attribute of an adapted model that holds its `Record`."""
+from wara.vit import classifier_names, classifiers, owner_of, plain_name, unwrap
 
 
-@dataclass(frozen=True)
-class Record:
-    """What `adapt` did to a model.
-
-    Args:
-        method: the options; where a budget was set, those fitted to it.
-        head: names of the classifier's parameters.
-        base: names of the base parameters that train (full fine-tuning and its kin).
-        originals: values of these before training, for methods that change few.
-        budget: where one was set: wanted and fitted number of adapter parameters.
-    """
-
-    method: Method
-    head: tuple[str, ...]
-    base: tuple[str, ...]
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    budget: tuple[int, int] | None = None
-
-    @property
-    def removable(self) -> bool:
-        """Whether the model as it was before can be had back."""
-        return not self.base or bool(self.originals)
-
-
-def adapt(model: nn.Module, method: Method) -> nn.Module:
+def adapt(model: nn.Module, method: Method, *, empty: bool = False) -> nn.Module:
     """Prepare a model for fine-tuning, in place.
 
     Everything is frozen except what the method declares and the classifier
@@ -57,147 +38,121 @@ def adapt(model: nn.Module, method: Method) -> nn.Module:
     Args:
         model: a timm ViT; for weight-domain methods with path patterns as targets, any module with
             linear layers.
-        method: options, such as `WaRA(rank=4)`.
+        method: such as `WaRA(rank=4)`.
+        empty: give the adapter shapes but no numbers, which `load_adapter_state` then brings;
+            nothing is drawn or decomposed.
 
     Returns:
         The same model.
 
     Raises:
         WaraError: kind `config` when the model is adapted already, or a target, level or rank does
-            not fit the model.
+            not fit the model, which is then left as it was.
     """
-    if hasattr(model, RECORD):
+    inner = unwrap(model)
+    if hasattr(inner, ADAPTATION):
         remedy = "call wara.unload(model) first"
         raise WaraError("config", "the model carries an adapter already", remedy=remedy)
     wanted: str | float | None = getattr(method, "budget", None)
     budget = None
     if wanted is not None:
-        method, *numbers = fit(method, model, wanted)
+        method, *numbers = fit(method, inner, wanted)
         budget = (numbers[0], numbers[1])
-    head_ids = {id(p) for module in classifiers(model) for p in module.parameters()}
-    head = tuple(name for name, p in model.named_parameters() if id(p) in head_ids)
+    heads = classifier_names(inner)
+    head = tuple(name for name, _ in inner.named_parameters() if name in heads)
     # Decided before the adapter's own parameters come in, for these are not the base's.
     base = tuple(
         name
-        for name, _ in model.named_parameters()
-        if name not in head and method.trains(name, owner_of(model, name))
+        for name, _ in inner.named_parameters()
+        if name not in heads and method.trains(name, owner_of(inner, name))
     )
     if method.reversible and not base:
-        what = f"{type(model).__name__} has no parameters of the kind that '{method.name}' trains"
+        what = f"{type(inner).__name__} has no parameters of the kind that '{method.name}' trains"
         raise WaraError("config", what, "adapter.method", "choose another method")
-    method.prepare(model)
+    if empty:
+        with torch.device("meta"):
+            layers = method.layers(inner)
+    else:
+        layers = method.layers(inner)
     kept = base if method.reversible else ()
-    originals = {name: model.get_parameter(name).detach().clone() for name in kept}
-    setattr(model, RECORD, Record(method, head, base, originals, budget))
-    model.requires_grad_(False)
-    for parameter in trainable_parameters(model).values():
+    originals = {name: inner.get_parameter(name).detach().clone() for name in kept}
+    paths: list[str] = []
+    attributes: list[Attribute] = []
+    try:
+        for path, layer in layers.items():
+            _place(inner, path, layer, attributes)
+            paths.append(path)
+    except BaseException:
+        _take_off(inner, paths, attributes)
+        raise
+    names = (plain_name(path) for path in paths)
+    adaptation = Adaptation(
+        method,
+        tuple(map(plain_name, head)),
+        tuple(map(plain_name, base)),
+        {plain_name(name): value for name, value in originals.items()},
+        budget,
+        tuple(names),
+        tuple(attributes),
+    )
+    setattr(inner, ADAPTATION, adaptation)
+    inner.requires_grad_(False)
+    for parameter in trainable_parameters(inner).values():
         parameter.requires_grad_(True)
     return model
 
 
-def owner_of(model: nn.Module, name: str) -> nn.Module:
-    """Return the module that holds the parameter of that dotted name."""
-    return model.get_submodule(name.rpartition(".")[0])
+def _place(model: nn.Module, path: str, layer: AdapterLayer, attributes: list[Attribute]) -> None:
+    """Put an adapter on a module, in place; note what else had to be changed."""
+    module, parent = model.get_submodule(path), owner_of(model, path)
+    if isinstance(module, AdaptedModule) or "adapter" in module._modules:
+        raise WaraError("config", "the module carries an adapter already", path, "name it once")
+    like = next(iter([*module.parameters(), *model.parameters()]), torch.empty(0))
+    # Shapes alone cannot move to a device; they get their numbers there.
+    layer.to(device=None if _is_bare(layer) else like.device, dtype=like.dtype)
+    if isinstance(layer, LinearAdapter):
+        if not isinstance(module, nn.Linear):
+            what = f"{type(layer).__name__} sits on linear layers, not on {type(module).__name__}"
+            raise WaraError("config", what, path, "name a linear layer")
+        adapted: AdaptedModule = AdaptedLinear(module, layer)
+    else:
+        adapted = AdaptedModule(module, layer)
+    setattr(parent, path.rpartition(".")[2], adapted)
+    # timm's EVA and BEiT read `qkv.weight` past the layer unless told to call it.
+    if isinstance(layer, LinearAdapter) and getattr(parent, "qkv_bias_separate", None) is False:
+        attributes.append((path.rpartition(".")[0], "qkv_bias_separate", False, True))
+        setattr(parent, "qkv_bias_separate", True)  # noqa: B010  (the type is not known)
 
 
-def classifiers(model: nn.Module) -> list[nn.Module]:
-    """Return the heads of a timm model; distilled ones have two, other modules none."""
-    getter = getattr(model, "get_classifier", None)
-    if getter is None:
-        return []
-    found = getter()
-    return [m for m in (found if isinstance(found, tuple | list) else [found]) if m is not None]
+def _is_bare(module: nn.Module) -> bool:
+    tensors = [*module.parameters(), *module.buffers()]
+    return any(tensor.is_meta for tensor in tensors)
 
 
-def record_of(model: nn.Module) -> Record:
-    """Return what `adapt` did to the model.
-
-    Raises:
-        WaraError: kind `config` when the model is not adapted.
-    """
-    record = getattr(model, RECORD, None)
-    if not isinstance(record, Record):
-        remedy = "call wara.adapt(model, method) or wara.load_adapter(model, folder) first"
-        raise WaraError("config", "the model carries no adapter", remedy=remedy)
-    return record
+def _take_off(model: nn.Module, paths: Sequence[str], attributes: Sequence[Attribute]) -> None:
+    """Put the modules back that adapters sit on, the innermost first, and former attributes."""
+    for path, adapted in _adapted(model, paths):
+        _put(model, path, adapted.base)
+    for path, name, before, _ in attributes:
+        setattr(_submodule(model, path), name, before)
 
 
-def _adapter_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]]:
-    """Return the adapter's parameters by name, each with whether it is a core; ties once."""
-    found: dict[str, tuple[nn.Parameter, bool]] = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
-            for name, parameter in module.named_parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    found[f"{path}.{name}"] = (parameter, name in module.core_names)
-    return found
+def _adapted(model: nn.Module, paths: Sequence[str]) -> Iterator[tuple[str, AdaptedModule]]:
+    for path in sorted(paths, key=lambda path: -path.count(".")):
+        adapted = _submodule(model, path)
+        assert isinstance(adapted, AdaptedModule)
+        yield path, adapted
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by name: adapter, then base, then head.
-
-    Args:
-        model: an adapted model.
-
-    Returns:
-        Names as in `model.named_parameters()`; a parameter that several layers share appears once,
-        under its first name.
-
-    Raises:
-        WaraError: kind `config` when the model is not adapted.
-    """
-    record = record_of(model)
-    found = {name: parameter for name, (parameter, _) in _adapter_parameters(model).items()}
-    for name in (*record.base, *record.head):
-        found[name] = model.get_parameter(name)
-    return found
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    """Return the module of a path, also where a module on the way was compiled since."""
+    for name in path.split(".") if path else []:
+        model = getattr(unwrap(model), name)
+    return unwrap(model)
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters that train, grouped by the learning rate they take.
-
-    Args:
-        model: an adapted model.
-
-    Returns:
-        Lists under `adapter` (base parameters that train included), `core` and `head`.
-
-    Raises:
-        WaraError: kind `config` when the model is not adapted.
-    """
-    record = record_of(model)
-    groups: dict[str, list[nn.Parameter]] = {"adapter": [], "core": [], "head": []}
-    for parameter, is_core in _adapter_parameters(model).values():
-        groups["core" if is_core else "adapter"].append(parameter)
-    groups["adapter"] += [model.get_parameter(name) for name in record.base]
-    groups["head"] += [model.get_parameter(name) for name in record.head]
-    return groups
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count parameters.
-
-    Args:
-        model: an adapted model.
-
-    Returns:
-        `adapter` (cores and trained base parameters included), `head`, `trainable` (both), and
-        `base`: what stays frozen. Everything together is `trainable + base`.
-
-    Raises:
-        WaraError: kind `config` when the model is not adapted.
-    """
-    groups = {key: sum(p.numel() for p in group) for key, group in parameter_groups(model).items()}
-    everything = sum(p.numel() for p in model.parameters())
-    adapter = groups["adapter"] + groups["core"]
-    return {
-        "adapter": adapter,
-        "head": groups["head"],
-        "trainable": adapter + groups["head"],
-        "base": everything - adapter - groups["head"],
-    }
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    setattr(_submodule(model, path.rpartition(".")[0]), path.rpartition(".")[2], module)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -213,32 +168,27 @@ def merge(model: nn.Module) -> nn.Module:
         parameters require gradients).
 
     Raises:
-        WaraError: kind `config` when a layer's update depends on the place of a token, so that no
-            weight can stand for it.
+        WaraError: kind `config` when no plain module computes what an adapted one does, as where
+            an update depends on the place of a token.
     """
-    merged = copy.deepcopy(model)
-    for name, layer in adapted_layers(merged).items():
-        delta = merged_delta(layer.adapter, name)
-        weight = nn.Parameter(layer.weight.detach() + delta.to(layer.weight.dtype))
-        remove(merged, name, plain_linear(weight, layer.bias))
+    merged = copy.deepcopy(unwrap(model))
+    adaptation = getattr(merged, ADAPTATION, None)
+    if adaptation is not None:
+        for path, adapted in _adapted(merged, adaptation.paths):
+            plain = adapted.adapter.merged(adapted.base)
+            if plain is None:
+                raise _not_mergeable(path, adapted.adapter)
+            _put(merged, path, plain)
+        _take_off(merged, (), adaptation.attributes)
     return _forget(merged)
 
 
-@torch.no_grad()
-def merged_delta(adapter: AdapterLayer, name: str) -> Tensor:
-    """Return the change of weight `[o, d]` that an adapter layer amounts to.
-
-    Raises:
-        WaraError: kind `config` when there is none; see `merge`.
-    """
-    if isinstance(adapter, WeightDomainLayer):
-        return adapter.delta_weight()
-    delta = adapter.merged_weight() if isinstance(adapter, TokenDomainLayer) else None
-    if delta is None:
+def _not_mergeable(path: str, adapter: AdapterLayer) -> WaraError:
+    what = f"what {type(adapter).__name__} does cannot be folded into the module it sits on"
+    if isinstance(adapter, LinearAdapter):
         what = "the update depends on where a token lies, so no weight can hold it"
-        remedy = "keep the adapter beside the model, or train with core: identity or method: lora"
-        raise WaraError("config", what, name, remedy)
-    return delta
+    remedy = "keep the adapter beside the model, or train with core: identity or method: lora"
+    return WaraError("config", what, path, remedy)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -253,105 +203,69 @@ def unload(model: nn.Module) -> nn.Module:
     Raises:
         WaraError: kind `config` when the model is not adapted, or its base weights were trained.
     """
-    record = record_of(model)
-    if not record.removable:
-        what = f"{record.method.name} changes the base weights themselves"
+    inner, adaptation = unwrap(model), adaptation_of(model)
+    if not adaptation.removable:
+        what = f"{adaptation.method.name} changes the base weights themselves"
         raise WaraError("config", what, remedy="build the model anew")
+    own = named_parameters(inner)
     with torch.no_grad():
-        for name, value in record.originals.items():
-            model.get_parameter(name).copy_(value)
-    for name, layer in adapted_layers(model).items():
-        remove(model, name, layer.plain())
-    return _forget(model)
+        for name, value in adaptation.originals.items():
+            own[name].copy_(value)
+    _take_off(inner, adaptation.paths, adaptation.attributes)
+    _forget(inner)
+    return model
 
 
 def _forget(model: nn.Module) -> nn.Module:
-    """Drop the record of adaptation and unfreeze, in place."""
-    if hasattr(model, RECORD):
-        delattr(model, RECORD)
+    """Drop the note of adaptation and unfreeze, in place."""
+    if hasattr(model, ADAPTATION):
+        delattr(model, ADAPTATION)
     return model.requires_grad_(True)
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return all that training made or drew: adapter, trained base parameters and head.
+def suspend(model: nn.Module) -> Callable[[], None]:
+    """Take the adapter off a model, if it carries one; return what puts all back as it was.
 
-    Args:
-        model: an adapted model.
-
-    Returns:
-        Detached tensors by name: what `trainable_parameters` names, plus the persistent buffers of
-        the adapter layers (sparse places, random and SVD bases).
+    Adapter layers, head and trained base parameters come back as the very same tensors.
 
     Raises:
-        WaraError: kind `config` when the model is not adapted.
+        WaraError: kind `config` when the base weights themselves were trained.
     """
-    state = {name: p.detach() for name, p in trainable_parameters(model).items()}
-    state.update({name: buffer for name, buffer in _adapter_buffers(model).items()})
-    return state
+    inner: Any = unwrap(model)
+    adaptation = getattr(inner, ADAPTATION, None)
+    adapted: list[tuple[str, AdaptedModule]] = []
+    values: dict[str, Tensor] = {}
+    frozen = {id(p): p for p in inner.parameters() if not p.requires_grad}
+    if adaptation is not None:
+        adapted = list(_adapted(inner, adaptation.paths))
+        own = named_parameters(inner)
+        values = {name: own[name].detach().clone() for name in adaptation.originals}
+        unload(inner)
+    named = dict(inner.named_modules())
+    own_heads = {id(head) for head in classifiers(inner)}
+    heads = {name: module for name, module in named.items() if id(module) in own_heads}
+    count = getattr(inner, "num_classes", None)
 
+    def undo() -> None:
+        now = getattr(inner, ADAPTATION, None)
+        if now is not None:
+            _take_off(inner, now.paths, now.attributes)
+            _forget(inner)
+        for name, module in heads.items():
+            _put(inner, name, module)
+        if count is not None:
+            inner.num_classes = count
+        for path, module in reversed(adapted):
+            _put(inner, path, module)
+        if adaptation is not None:
+            for path, name, _, after in adaptation.attributes:
+                setattr(_submodule(inner, path), name, after)
+            setattr(inner, ADAPTATION, adaptation)
+        own = named_parameters(inner)
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+        for parameter in inner.parameters():
+            parameter.requires_grad_(id(parameter) not in frozen)
 
-def _adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the persistent buffers of the adapter layers; those that layers share once."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if not isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{path}.{name}"] = tensor
-    return found
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put a state of `adapter_state_dict` into an adapted model.
-
-    Args:
-        model: adapted with the same method and options.
-        state: exactly the same names and shapes.
-
-    Raises:
-        WaraError: kind `artefact`, naming keys or shapes that do not agree; nothing changes then.
-    """
-    own = adapter_state_dict(model)
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    odd = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    faults = [
-        f"{word} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        for word, names in (("missing", missing), ("unknown", extra), ("wrong shape", odd))
-        if names
-    ]
-    if faults:
-        remedy = "use the backbone and options that the adapter was trained with"
-        what = "the adapter does not fit the model"
-        raise WaraError("artefact", what, "; ".join(faults), remedy)
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
-    for module in model.modules():
-        if isinstance(module, AdapterLayer):
-            module.refresh()
-
-
-def base_hash(model: nn.Module) -> str:
-    """Return a fingerprint of the frozen base weights.
-
-    Args:
-        model: adapted or not.
-
-    Returns:
-        SHA-256, in hex, over names, shapes, dtypes and values of all parameters but the adapter's,
-        the head's and trained base parameters.
-    """
-    record = getattr(model, RECORD, None)
-    skip = set(trainable_parameters(model)) if record else set()
-    if not record:
-        heads = {id(p) for module in classifiers(model) for p in module.parameters()}
-        skip = {name for name, p in model.named_parameters() if id(p) in heads}
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name not in skip:
-            data = parameter.detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return undo

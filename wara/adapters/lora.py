@@ -3,20 +3,95 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from wara.adapters.base import (
-    AdapterLayer,
-    LowRankLayer,
-    WeightDomainLayer,
-    check_rank,
-    require,
-)
+from wara.adapters.base import LinearAdapter, WeightDomainLayer, options
 from wara.adapters.targets import Target, TargetedMethod
+
+MOST_RANK = 4096
+"""A slip of the keyboard must not become an allocation."""
+DROPOUT = "Probability of dropping an input entry on the adapter's path."
+
+
+class LowRankLayer(LinearAdapter):
+    """Shared arithmetic of the low-rank adapters: `y = x W0ᵀ + b0 + scale · mix(x Aᵀ) Bᵀ`.
+
+    Row groups are handled together: `A` holds the factors of all groups `[g r, d]`, and `B` is
+    applied as one block-diagonal matrix. With ranks this small the product is bound by reading
+    the activations, which this way are read once.
+
+    Args:
+        target: the linear layer, `d` wide in and `o` out, and its `g` row groups.
+        rank: `r` per group.
+        scale: `α / r`.
+        dropout: probability of dropping an input entry on the adapter's path.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, target: Target, *, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(target.rows, target.linear.out_features)
+        self.in_features = target.linear.in_features
+        self.rank, self.scale = rank, scale
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.sizes = [stop - start for start, stop in self.rows]
+
+    def fresh(self) -> None:
+        """Make the factors anew: `A` Kaiming-uniform with `a = √5` per group, `B` zero."""
+        down = torch.empty(self.groups * self.rank, self.in_features)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(torch.zeros(sum(self.sizes), self.rank))
+
+    @property
+    def groups(self) -> int:
+        """Number of adapted row groups."""
+        return len(self.rows)
+
+    def block_up(self) -> Tensor:
+        """Return `B` of all groups as one matrix `[o, g r]`, zero outside its blocks."""
+        blocks = self.up.split(self.sizes)
+        if self.groups == 1 and self.sizes[0] == self.out_features:
+            return self.up
+        out = self.up.new_zeros(self.out_features, self.groups * self.rank)
+        for i, ((start, stop), block) in enumerate(zip(self.rows, blocks, strict=True)):
+            out[start:stop, i * self.rank : (i + 1) * self.rank] = block
+        return out
+
+    def mix(self, z: Tensor) -> Tensor:
+        """Update `[…, g r]` in rank space; plain low rank leaves it alone."""
+        return z
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `[b, n, o]` for input `[b, n, d]`; see the class."""
+        # Flat rows, so that the output is a tensor of its own and not a view: the update can
+        # then be added in place by the product itself, without a pass of its own over [b, n, o].
+        flat = x.reshape(-1, x.shape[-1])
+        y = F.linear(flat, weight, bias)
+        path = flat if self.dropout is None else self.dropout(flat)
+        z = F.linear(path, self.down)
+        z = self.mix(z.reshape(*x.shape[:-1], -1)).reshape(flat.shape[0], -1)
+        y = y.addmm_(z.to(y.dtype), self.block_up().T.to(y.dtype), alpha=self.scale)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def product(self, middle: Tensor | None = None) -> Tensor:
+        """Return `scale · B M A`, `[o, d]`, with `M` `[g, r, r]` between, or nothing."""
+        down = self.down.reshape(self.groups, self.rank, self.in_features)
+        if middle is not None:
+            down = middle.to(down.dtype) @ down
+        out = self.down.new_zeros(self.out_features, self.in_features)
+        for (start, stop), up, factor in zip(
+            self.rows, self.up.split(self.sizes), down, strict=True
+        ):
+            out[start:stop] = up @ factor
+        return self.scale * out
 
 
 class LoRALayer(LowRankLayer, WeightDomainLayer):
@@ -25,100 +100,45 @@ class LoRALayer(LowRankLayer, WeightDomainLayer):
     `A` starts Kaiming-uniform as in the authors' code and `B` at zero: it starts as the base layer.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-    ) -> None:
-        linear = target.linear
-        super().__init__(
-            target.rows,
-            linear.in_features,
-            linear.out_features,
-            rank=rank,
-            scale=scale,
-            dropout=dropout,
-        )
-        self.down, self.up = low_rank_parameters(linear.in_features, self.sizes, rank)
+    def __init__(self, target: Target, **low_rank: Any) -> None:
+        super().__init__(target, **low_rank)
+        self.fresh()
 
     def delta_weight(self) -> Tensor:
         """Return `(α/r) B A`, `[o, d]`."""
         return self.product()
 
 
-def low_rank_parameters(
-    in_features: int, sizes: list[int], rank: int
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return fresh factors of all row groups of a layer.
+@options
+class LowRankMethod(TargetedMethod):
+    """Options of methods whose update is a product of rank `r`."""
 
-    Args:
-        in_features: `d`.
-        sizes: rows of each group; `g` groups.
-        rank: `r`.
+    knob: ClassVar[tuple[str, ...]] = ("rank",)
 
-    Returns:
-        `A` `[g r, d]`, each group Kaiming-uniform with `a = √5`, and `B` `[Σ sizes, r]`, zero.
-    """
-    down = torch.empty(len(sizes) * rank, in_features)
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-    return nn.Parameter(down), nn.Parameter(torch.zeros(sum(sizes), rank))
+    rank: int = Field(4, ge=1, le=MOST_RANK, description="Rank r of the update.")
+    alpha: float | None = Field(
+        None, gt=0, description="The update is scaled by alpha / rank; null: by 1."
+    )
+
+    @property
+    def scaling(self) -> float:
+        """`α / r`, or 1 when `alpha` is none."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoRA(TargetedMethod):
-    """Low-rank adaptation (arXiv 2106.09685): `W = W0 + (α/r) B A`.
-
-    Args:
-        rank: `r`.
-        alpha: `α`; none means `α = r`, a scale of 1.
-        dropout: probability of dropping an input entry on the adapter's path.
-        targets: see `TargetedMethod`.
-        blocks: see `TargetedMethod`.
-    """
+@options
+class LoRA(LowRankMethod):
+    """Low-rank adaptation (arXiv 2106.09685): `W = W0 + (α/r) B A`."""
 
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "low-rank update of the weight; every token gets the same one"
-    lr: ClassVar[float] = 6e-3
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
 
-    rank: int = 4
-    alpha: float | None = None
-    dropout: float = 0.0
+    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_low_rank(self.rank, self.alpha, self.dropout)
-
-    def build(self, model: nn.Module, targets: list[Target]) -> list[AdapterLayer]:
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one `LoRALayer` per target."""
-        scale = scaling(self.alpha, self.rank)
         return [
-            LoRALayer(target, rank=self.rank, scale=scale, dropout=self.dropout)
+            LoRALayer(target, rank=self.rank, scale=self.scaling, dropout=self.dropout)
             for target in targets
         ]
-
-
-def scaling(alpha: float | None, rank: int) -> float:
-    """Return `α / r`, or 1 when `alpha` is none."""
-    return 1.0 if alpha is None else alpha / rank
-
-
-def check_low_rank(rank: int, alpha: float | None, dropout: float) -> None:
-    """Refuse impossible options of a low-rank method.
-
-    Args:
-        rank: `r`.
-        alpha: `α` or none.
-        dropout: probability.
-
-    Raises:
-        WaraError: kind `config`.
-    """
-    check_rank(rank)
-    require(
-        alpha is None or alpha > 0, f"alpha is {alpha}", "alpha", "set a number above 0, or null"
-    )
-    require(0 <= dropout < 1, f"dropout is {dropout}", "dropout", "set a number in [0, 1)")

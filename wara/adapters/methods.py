@@ -1,14 +1,15 @@
-"""The registry of methods, and how options become one."""
+"""The registry of methods, and how an `adapter:` section becomes one."""
 
 from __future__ import annotations
 
-import dataclasses
-import typing
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from wara.adapters.base import Method
+from wara.adapters.base import Method, option_faults
 from wara.adapters.baselines import (
     AdaLoRA,
     BitFit,
@@ -24,6 +25,7 @@ from wara.adapters.probes import Full, LinearProbe
 from wara.adapters.sparse import SHiRA, WaveFT
 from wara.adapters.wara import TinyWaRA, WaRA
 from wara.errors import WaraError, WaraErrors, suggest
+from wara.schema import Place, fault, fields_of
 
 METHODS: dict[str, type[Method]] = {
     "wara": WaRA,
@@ -42,85 +44,110 @@ METHODS: dict[str, type[Method]] = {
     "linear_probe": LinearProbe,
     "full": Full,
 }
+ENTRY_POINTS = "wara.methods"
+"""Group of entry points under which an installed package may offer methods by a short name."""
 
 
-def option_faults(adapter: dict[str, Any]) -> list[WaraError]:
-    """Return everything that is wrong with an `adapter:` section.
+def find_method(name: str) -> type[Method]:
+    """Return the class of a method.
 
     Args:
-        adapter: `method` and its options.
+        name: a key of `METHODS`, the name of an entry point of the group `wara.methods`, or
+            `package.module:Class`.
 
-    Returns:
-        One error per fault, of kind `config`; empty when `method_from_options` would succeed.
+    Raises:
+        WaraError: kind `config` when there is none, or what is named is not a method.
     """
-    name = adapter.get("method")
-    if name not in METHODS:
-        remedy = suggest(str(name), METHODS)
-        return [WaraError("config", f"unknown method '{name}'", "adapter.method", remedy)]
-    cls = METHODS[name]
-    fields = {field.name for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    options = {key: value for key, value in adapter.items() if key != "method"}
-    faults = []
-    for key, value in options.items():
-        where = f"adapter.{key}"
-        if key not in fields:
-            remedy = suggest(key, fields) if fields else "remove it"
-            faults.append(WaraError("config", f"'{name}' has no option '{key}'", where, remedy))
-            continue
-        try:
-            # Strict, so that `rank: "4"` and `rank: true` are faults; lists may stand for tuples.
-            strict = None if isinstance(value, list) else True
-            TypeAdapter(hints[key]).validate_python(value, strict=strict)
-        except ValidationError:
-            kind = _readable(hints[key])
-            faults.append(WaraError("config", f"{value!r} is not {kind}", where, f"set {kind}"))
-    if not faults:
-        try:
-            cls(**options)
-        except WaraErrors as errors:
-            faults.extend(errors.errors)
-        except WaraError as error:
-            faults.append(error)
-    return faults
+    if name in METHODS:
+        return METHODS[name]
+    offered = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    path = offered.get(name, name)
+    module, colon, attribute = path.partition(":")
+    if not colon:
+        remedy = suggest(name, [*METHODS, *offered])
+        raise WaraError("config", f"unknown method '{name}'", "adapter.method", remedy)
+    try:
+        found: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        what = f"the method {path} does not import: {error}"
+        remedy = "check PYTHONPATH and the name"
+        raise WaraError("config", what, "adapter.method", remedy) from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        remedy = "name a class derived from wara.adapters.Method; see docs/add_a_method.md"
+        raise WaraError("config", f"{path} is not a method", "adapter.method", remedy)
+    return found
 
 
-def _readable(hint: Any) -> str:
-    """Return a type hint in words a user knows."""
-    words = {
-        "int": "a whole number",
-        "float": "a number",
-        "str": "a name",
-        "bool": "true or false",
-        "NoneType": "null",
-    }
-    parts = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
-    if typing.get_origin(hint) in (tuple, list) or "Sequence" in str(typing.get_origin(hint)):
-        return "a list"
-    names = [getattr(part, "__name__", str(part)) for part in parts] or [hint.__name__]
-    return " or ".join(dict.fromkeys(words.get(name, "a list") for name in names))
+def method_key(method: Method) -> str:
+    """Return what names a method in a config: its short name, or `package.module:Class`."""
+    cls = type(method)
+    if METHODS.get(cls.name) is cls:
+        return cls.name
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    offered = {entry.value: entry.name for entry in entry_points(group=ENTRY_POINTS)}
+    return offered.get(path, path)
 
 
-def method_from_options(method: str, options: dict[str, Any]) -> Method:
+def unknown_option(cls: type[Method], place: Place) -> tuple[str, str]:
+    """Return the words for an option that a method does not have."""
+    key = place.keys[-1]
+    if key == "budget" and not cls.knob:
+        what = f"what '{cls.name}' trains is fixed, so no budget can be set"
+        return what, "remove it, or choose another method"
+    remedy = suggest(key, fields_of(cls)) if fields_of(cls) else "remove it"
+    return f"'{cls.name}' has no option '{key}'", remedy
+
+
+def _made(cls: type[Method], options: Mapping[str, Any]) -> Any:
+    # Past the class's own `__call__`, which would word what pydantic says before it can be placed.
+    return type.__call__(cls, **options)
+
+
+def method_from_options(method: str, options: Mapping[str, Any]) -> Method:
     """Return the method of that name with the given options.
 
     Args:
-        method: a key of `METHODS`.
-        options: fields of the method's class.
+        method: see `find_method`.
+        options: fields of the method's class, as YAML and JSON hold them.
 
     Returns:
-        The options object to give to `adapt`.
+        The method to give to `adapt`.
 
     Raises:
         WaraErrors: kind `config`, all faults at once.
     """
-    faults = option_faults({"method": method, **options})
-    if faults:
-        raise WaraErrors(faults)
-    return METHODS[method](**options)
+    cls = find_method(method)
+    try:
+        return _made(cls, options)
+    except ValidationError as error:
+        faults = option_faults(error, cls, unknown=lambda place: unknown_option(cls, place))
+        raise WaraErrors(list(faults.values())) from error
 
 
-def method_options(method: Method) -> dict[str, Any]:
-    """Return the options of a method as plain values that JSON and YAML can hold."""
-    plain = dataclasses.asdict(method)
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
+def read_method(section: Any) -> Any:
+    """Return the method that an `adapter:` section names, for a field of a pydantic model.
+
+    Args:
+        section: `method` and its options, or a method.
+
+    Raises:
+        ValidationError: with the key of each fault; or a fault of the section as a whole.
+    """
+    if isinstance(section, Method):
+        return section
+    if not isinstance(section, Mapping):
+        raise fault("adapter should be a section with keys of its own", "as in adapter.method")
+    named = dict(section)
+    name = named.pop("method", "wara")
+    if not isinstance(name, str):
+        raise fault(f"unknown method {name!r}", suggest(str(name), METHODS), "method")
+    try:
+        cls = find_method(name)
+    except WaraError as error:
+        raise fault(error.what, error.remedy, "method") from error
+    return _made(cls, named)
+
+
+def section_of(method: Method) -> dict[str, Any]:
+    """Return a method as an `adapter:` section, plain values that JSON and YAML can hold."""
+    return {"method": method_key(method), **method.options()}

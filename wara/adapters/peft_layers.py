@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wara.adapters.base import AdaptedLinear, Rows, WeightDomainLayer
+from wara.adapters.base import Rows, WeightDomainLayer
 from wara.adapters.targets import Target
 from wara.errors import WaraError
 
@@ -102,11 +102,12 @@ class PeftLayer(WeightDomainLayer):
             self.stretches.append(((done, self.out_features), None))
         self.train(self.training)
 
-    def attach(self, linear: AdaptedLinear) -> None:
+    def attach(self, module: nn.Module) -> None:
         """Let the tuners see the layer that now holds the weight."""
-        for module in self.modules():
-            if isinstance(module, BorrowedRows):
-                module.lend(linear)
+        assert isinstance(module, nn.Linear)
+        for part in self.modules():
+            if isinstance(part, BorrowedRows):
+                part.lend(module)
 
     def train(self, mode: bool = True) -> PeftLayer:
         """Set training or evaluation mode; see `draws`."""

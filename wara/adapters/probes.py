@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import nn
 
-from wara.adapters.base import Method
+from wara.adapters.base import Method, options
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LinearProbe(Method):
     """Train the classifier on frozen features."""
 
     name: ClassVar[str] = "linear_probe"
     summary: ClassVar[str] = "only the classifier trains, on frozen features"
+    rates: ClassVar[Mapping[str, float]] = {"head": 2e-3}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Full(Method):
     """Train every weight."""
 
     name: ClassVar[str] = "full"
     summary: ClassVar[str] = "every weight trains"
-    lr: ClassVar[float] = 1e-4
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 1e-4, "head": 2e-3}
 
     def trains(self, name: str, owner: nn.Module) -> bool:
         """Return true for every base parameter."""

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from wara.adapters.base import AdapterLayer, WeightDomainLayer, require
+from wara.adapters.base import LinearAdapter, WeightDomainLayer, is_skeleton, options, require
 from wara.adapters.sparse_linear import Form, Index, SparseLinear, changed_weight, index_places
-from wara.adapters.targets import Target, TargetedMethod
-from wara.errors import WaraError, suggest
-from wara.wavelets import check_matrix, check_wavelet, synthesis_taps
+from wara.adapters.targets import Numbers, Target, TargetedMethod
+from wara.errors import WaraError
+from wara.schema import NotZero, fault
+from wara.wavelets import WaveletName, check_matrix, synthesis_taps
 
-ALLOCATIONS = ("fixed", "proportional", "area")
-INITS = ("zero", "gaussian")
 GAUSSIAN = 0.01
 """Standard deviation of the gaussian start, that of the published code."""
 
@@ -82,7 +80,7 @@ class SparseLayer(WeightDomainLayer):
         Raises:
             WaraError: kind `artefact` when a place lies outside its matrix, or occurs twice.
         """
-        if self.places.device.type == "meta":
+        if self.places.is_meta:
             return
         for (start, stop), place in zip(
             self.rows, self.places.split(list(self.form.counts), 1), strict=True
@@ -178,129 +176,131 @@ def allocate(shapes: Sequence[Shape], mean: float, allocation: str) -> list[int]
     return [round(total * weight / sum(weights)) for weight in weights]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SparseMethod(TargetedMethod):
     """Options that WaveFT and SHiRA share.
 
-    Args:
-        k: trained numbers per matrix; with `allocation` other than `fixed`, on average; or a list
-            with a number for each matrix, in the order of the model. None takes the budget of a
-            rank-1 LoRA, `Σ (d + o)` over the matrices; `budget: lora_r4`, or a number such as 0.8,
-            takes a multiple of that.
-        allocation: `fixed` gives every matrix the same `k`, as in the paper; `proportional` goes
-            by `d + o`, `area` by `d o`.
-        init: `zero`, so that the adapted model starts as the base model, or `gaussian` with a
-            standard deviation of 0.01.
-        scale: `λ`, by which `ΔW` is multiplied.
-        seed: draws the places; they are stored in the adapter file.
+    Without `k` and without a budget a method takes that of a rank-1 LoRA, `Σ (d + o)` over the
+    matrices; `budget: lora_r4`, or a number such as 0.8, takes a multiple of it.
     """
 
-    k: int | tuple[int, ...] | None = None
-    allocation: str = "fixed"
-    init: str = "zero"
-    scale: float = 1.0
-    seed: int = 0
+    knob: ClassVar[tuple[str, ...]] = ("k",)
+
+    k: int | Numbers | None = Field(
+        None, description="Trained numbers per matrix, or a list; null: as a LoRA of rank 1."
+    )
+    allocation: Literal["fixed", "proportional", "area"] = Field(
+        "fixed", description="The same k for every matrix, or by d + o, or by d o."
+    )
+    init: Literal["zero", "gaussian"] = Field(
+        "zero", description="Start as the base model, or from N(0, 0.01²)."
+    )
+    scale: Annotated[float, NotZero] = Field(
+        1.0, ge=-1e6, le=1e6, description="Factor λ on the update."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Draws the places, which are stored.")
+
+    @field_validator("k")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        each = value if isinstance(value, tuple) else () if value is None else (value,)
+        if value == () or any(k < 1 for k in each):
+            raise fault(f"k is {value!r}", "set 1 or more, or null")
+        return value
 
     @property
     def transform(self) -> str | None:
         """Name of the wavelet, or none where the numbers are entries of the weight."""
         return None
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if isinstance(self.k, list):
-            object.__setattr__(self, "k", tuple(self.k))
-        each = self.k if isinstance(self.k, tuple) else (self.k,) if self.k is not None else (1,)
-        whole = all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in each)
-        require(whole and len(each) > 0, f"k is {self.k!r}", "k", "set 1 or more, or null")
-        seed = self.seed
-        both = self.k is not None and self.budget is not None
-        require(not both, "k and budget are both set", "budget", "set one of the two")
-        for key, choices in (("allocation", ALLOCATIONS), ("init", INITS)):
-            value = getattr(self, key)
-            require(value in choices, f"{key} is {value!r}", key, suggest(str(value), choices))
-        usable = math.isfinite(self.scale) and self.scale != 0
-        require(usable, f"scale is {self.scale}", "scale", "set a number other than 0")
-        require(isinstance(seed, int) and seed >= 0, f"seed is {seed!r}", "seed", "set 0 or more")
+    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
+        """Return 1, and the entries of the smallest matrix."""
+        return 1, min(o * d for target in targets for o, d in target.shapes)
 
-    def counts(self, shapes: Sequence[Shape]) -> list[int]:
-        """Return `k` of each matrix of the shapes `(o, d)`, not checked against them."""
+    def counts(self, targets: Sequence[Target]) -> list[list[int]]:
+        """Return `k` of each matrix of each target.
+
+        Args:
+            targets: all of the model's, over which a budget is spread.
+
+        Raises:
+            WaraError: kind `config` when a list of `k` has another length.
+        """
+        shapes = [shape for target in targets for shape in target.shapes]
         if isinstance(self.k, tuple):
-            return list(self.k)
-        mean = sum(o + d for o, d in shapes) / len(shapes) if self.k is None else self.k
-        return allocate(shapes, mean, self.allocation)
+            what = f"k lists {len(self.k)} numbers for {len(shapes)} matrices"
+            fits = len(self.k) == len(shapes)
+            require(fits, what, "k", "list one per matrix, or set one number")
+            every = list(self.k)
+        else:
+            mean = sum(o + d for o, d in shapes) / len(shapes) if self.k is None else self.k
+            every = allocate(shapes, mean, self.allocation)
+        numbers = iter(every)
+        return [[next(numbers) for _ in target.rows] for target in targets]
 
-    def build(self, model: nn.Module, targets: list[Target]) -> list[AdapterLayer]:
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target.
 
         Raises:
             WaraError: kind `config` when a matrix gets no place, or more than it has.
         """
-        owners = [
-            (target, (stop - start, target.linear.in_features))
-            for target in targets
-            for start, stop in target.rows
-        ]
-        counts = self.counts([shape for _, shape in owners])
-        what = f"k lists {len(counts)} numbers for {len(owners)} matrices"
-        require(len(counts) == len(owners), what, "k", "list one per matrix, or set one number")
-        drawn: dict[str, list[Tensor]] = {}
-        for (target, shape), count in zip(owners, counts, strict=True):
-            area = shape[0] * shape[1]
-            where, size = f"adapter.k, {target.name}", f"{shape[0]}x{shape[1]}"
-            if count < 1:
-                what = f"the {size} matrix would get no place"
-                raise WaraError("config", what, where, "set a larger k or allocation: fixed")
-            if count > area:
-                what = f"k is {count:,}, the {size} matrix has {area:,} places"
-                raise WaraError("config", what, where, f"set k to {area} or less")
-            drawn.setdefault(target.name, []).append(draw_places(shape, count, self.seed))
-        layers: list[AdapterLayer] = []
+        every = self.find(model)
+        counts = {t.name: n for t, n in zip(every, self.counts(every), strict=True)}
+        layers: list[LinearAdapter] = []
         for target in targets:
-            layer = SparseLayer(
-                target, drawn[target.name], scale=self.scale, wavelet=self.transform
-            )
+            pairs = list(zip(target.shapes, counts[target.name], strict=True))
+            for shape, count in pairs:
+                _check_count(shape, count, target.name)
+            drawn = [
+                torch.empty(2, count, dtype=torch.int64)
+                if is_skeleton()
+                else draw_places(shape, count, self.seed)
+                for shape, count in pairs
+            ]
+            layer = SparseLayer(target, drawn, scale=self.scale, wavelet=self.transform)
             if self.init == "gaussian":
                 nn.init.normal_(layer.coefficients, std=GAUSSIAN)
             layers.append(layer)
         return layers
 
 
-@dataclass(frozen=True, kw_only=True)
+def _check_count(shape: Shape, count: int, name: str) -> None:
+    area, size, where = shape[0] * shape[1], f"{shape[0]}x{shape[1]}", f"adapter.k, {name}"
+    if count < 1:
+        what = f"the {size} matrix would get no place"
+        raise WaraError("config", what, where, "set a larger k or allocation: fixed")
+    if count > area:
+        what = f"k is {count:,}, the {size} matrix has {area:,} places"
+        raise WaraError("config", what, where, f"set k to {area} or less")
+
+
+@options
 class WaveFT(SparseMethod):
     """WaveFT (arXiv 2505.12532): `W = W0 + λ IDWT2(C)` with `k` trained coefficients in `C`.
 
     One level; `C` holds the quadrants `[[LL, LH], [HL, HH]]`. It agrees with PEFT's `WaveFTConfig`
     (`scale` is its `scaling`, `k` its `n_frequency`, `seed` its `random_loc_seed`).
-
-    Args:
-        wavelet: a discrete wavelet of PyWavelets.
-        scale: `λ`; 25 in the paper.
     """
 
     name: ClassVar[str] = "waveft"
     summary: ClassVar[str] = "a few wavelet coefficients of each weight train"
-    lr: ClassVar[float] = 2e-3
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-3, "head": 2e-3}
 
-    wavelet: str = "haar"
-    scale: float = 25.0
+    wavelet: WaveletName = Field("haar", description="A discrete wavelet of PyWavelets.")
+    scale: Annotated[float, NotZero] = Field(
+        25.0, ge=-1e6, le=1e6, description="Factor λ on the update; 25 in the paper."
+    )
 
     @property
     def transform(self) -> str | None:
         """Name of the wavelet."""
         return self.wavelet
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_wavelet(self.wavelet)
 
-
-@dataclass(frozen=True, kw_only=True)
+@options
 class SHiRA(SparseMethod):
     """SHiRA (arXiv 2406.13175), random places: `W = W0 + λ C` with `k` trained entries in `C`."""
 
     name: ClassVar[str] = "shira"
     summary: ClassVar[str] = "a few entries of each weight train"
-    lr: ClassVar[float] = 5e-2
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 5e-2, "head": 2e-3}

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from wara.adapters.base import AdaptedLinear, AdapterLayer, Method, Rows
-from wara.adapters.budget import parse_budget
+from wara.adapters.base import (
+    AdapterLayer,
+    LinearAdapter,
+    Method,
+    Rows,
+    is_skeleton,
+    options,
+    refuse_size_beside_budget,
+)
 from wara.errors import WaraError, suggest
+from wara.schema import fault, from_list
+from wara.vit import block_names
 
 FUSED = frozenset({"qkv"})
 ALIASES = {
@@ -28,6 +39,7 @@ ALIASES = {
 ATTENTION = ("q", "k", "v", "o")
 
 Blocks = str | int | Sequence[int]
+Numbers = Annotated[tuple[int, ...], from_list]
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,18 @@ class Target:
     linear: nn.Linear
     rows: tuple[Rows, ...]
     labels: tuple[str, ...]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Height and width `(o, d)` of each matrix that is adapted on its own."""
+        return [(stop - start, self.linear.in_features) for start, stop in self.rows]
+
+    def bare(self) -> Target:
+        """Return the same target without the numbers of its weight."""
+        linear = self.linear
+        with_bias = linear.bias is not None
+        twin = nn.Linear(linear.in_features, linear.out_features, with_bias, device="meta")
+        return replace(self, linear=twin)
 
 
 def block_indices(blocks: Blocks, depth: int) -> list[int]:
@@ -81,25 +105,21 @@ def is_pattern(target: str) -> bool:
     return any(sign in target for sign in "*?[.")
 
 
-def check_targets(targets: Sequence[str]) -> None:
-    """Refuse short names that do not exist, without looking at a model.
+def target_fault(targets: Sequence[str]) -> tuple[str, str] | None:
+    """Return what is wrong with targets, and a remedy, without looking at a model.
 
     Args:
         targets: short names or path patterns.
-
-    Raises:
-        WaraError: kind `config`, with the nearest name.
     """
     if isinstance(targets, str) or not targets:
-        remedy = "write a list, such as [q, k, v, o]"
-        raise WaraError("config", "targets must be a list of names", "adapter.targets", remedy)
+        return "targets must be a list of names", "write a list, such as [q, k, v, o]"
     for target in targets:
         if not isinstance(target, str) or not (target in ALIASES or is_pattern(target)):
             remedy = suggest(str(target), ALIASES) + " (or a path pattern such as '*.query')"
-            raise WaraError("config", f"unknown target '{target}'", "adapter.targets", remedy)
+            return f"unknown target '{target}'", remedy
     if "qkv" in targets and set(targets) & {"q", "k", "v"}:
-        remedy = "name qkv, or q, k and v"
-        raise WaraError("config", "qkv overlaps with q, k or v", "adapter.targets", remedy)
+        return "qkv overlaps with q, k or v", "name qkv, or q, k and v"
+    return None
 
 
 def find_targets(model: nn.Module, targets: Sequence[str], blocks: Blocks = "all") -> list[Target]:
@@ -120,21 +140,21 @@ def find_targets(model: nn.Module, targets: Sequence[str], blocks: Blocks = "all
     Raises:
         WaraError: kind `config` when a target matches nothing.
     """
-    check_targets(targets)
+    wrong = target_fault(targets)
+    if wrong:
+        raise WaraError("config", wrong[0], "adapter.targets", wrong[1])
     short = [target for target in targets if not is_pattern(target)]
     patterns = [target for target in targets if is_pattern(target)]
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     unmatched = set(targets)
     found: dict[str, dict[str, Rows]] = {}
     if short:
-        stack = getattr(model, "blocks", None)
-        if stack is None:
+        names = block_names(model)
+        if not names:
             remedy = "give path patterns, such as '*.query'"
             what = f"{type(model).__name__} has no blocks to look for {short} in"
             raise WaraError("config", what, "adapter.targets", remedy)
-        # By name, for a slice of a larger stack keeps the numbers of its blocks.
-        names = [name for name, _ in stack.named_children()]
-        prefixes = tuple(f"blocks.{names[i]}." for i in block_indices(blocks, len(names)))
+        prefixes = tuple(f"{names[i]}." for i in block_indices(blocks, len(names)))
         for name, linear in linears.items():
             if name.startswith(prefixes):
                 ranges = _short_ranges(name.rsplit(".", 1)[-1], linear, short)
@@ -179,110 +199,92 @@ def _short_ranges(leaf: str, linear: nn.Linear, targets: Sequence[str]) -> dict[
     return dict(sorted(ranges.items(), key=lambda item: item[1]))
 
 
-def place(model: nn.Module, target: Target, adapter: AdapterLayer) -> None:
-    """Put an adapter on a target, in place.
+_GRAMMAR = re.compile(r"\s*(?:(?P<times>\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?lora_r(?P<rank>\d+)\s*")
+
+
+def parse_budget(text: str | float) -> float:
+    """Return a budget as a multiple of what LoRA of rank 1 trains.
 
     Args:
-        model: the model that `target` was found in.
-        target: where.
-        adapter: the adapter layer; moved to the dtype and device of the layer's weight.
-    """
-    weight = target.linear.weight
-    adapter.to(device=weight.device, dtype=weight.dtype)
-    parent_name, _, leaf = target.name.rpartition(".")
-    parent: Any = model.get_submodule(parent_name)
-    setattr(parent, leaf, AdaptedLinear(target.linear, adapter))
-    # timm's EVA and BEiT read `qkv.weight` past the layer unless told to call it.
-    if leaf in FUSED and getattr(parent, "qkv_bias_separate", None) is False:
-        parent.qkv_bias_separate = True
-        parent.wara_restore_fused_bias = True
-
-
-def remove(model: nn.Module, name: str, linear: nn.Linear) -> None:
-    """Put a plain linear layer where an adapted one was, in place.
-
-    Args:
-        model: the adapted model.
-        name: dotted path of the adapted layer.
-        linear: what takes its place.
-    """
-    parent_name, _, leaf = name.rpartition(".")
-    parent: Any = model.get_submodule(parent_name)
-    setattr(parent, leaf, linear)
-    if getattr(parent, "wara_restore_fused_bias", False):
-        parent.qkv_bias_separate = False
-        del parent.wara_restore_fused_bias
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Return the adapted linear layers of a model by their dotted path.
-
-    Args:
-        model: any model.
+        text: `lora_r<R>` or `<number>*lora_r<R>`, such as `lora_r4` or `0.8*lora_r1`; a number
+            alone is a multiple of rank 1.
 
     Returns:
-        Paths and layers in the model's order; empty when nothing is adapted.
-    """
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
-
-
-def token_layout(model: nn.Module) -> tuple[tuple[int, int], int]:
-    """Return the patch grid `(h, w)` and the number of prefix tokens of a timm ViT.
-
-    Args:
-        model: a timm model with `patch_embed.grid_size` and `num_prefix_tokens`.
-
-    Returns:
-        `((h, w), p)`.
+        `number · R`, above 0.
 
     Raises:
-        WaraError: kind `config` when the model has no fixed grid of tokens.
+        WaraError: kind `config` when the text is neither.
     """
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    prefix = getattr(model, "num_prefix_tokens", None)
-    if grid is None or prefix is None or len(tuple(grid)) != 2:
-        what = f"{type(model).__name__} has no token grid, which token-domain methods need"
-        remedy = "choose a timm ViT with patch_embed.grid_size, or a weight-domain method (lora)"
-        raise WaraError("config", what, "backbone.name", remedy)
-    return (int(grid[0]), int(grid[1])), int(prefix)
+    match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
+    multiple = float(match["times"] or 1) * int(match["rank"]) if match else 0.0
+    if isinstance(text, int | float) and not isinstance(text, bool) and math.isfinite(text):
+        multiple = float(text)
+    if multiple <= 0:
+        remedy = "write lora_r<rank> or a multiple of it, such as lora_r4, 0.8*lora_r1 or 0.8"
+        raise WaraError("config", f"budget {text!r} is not understood", "adapter.budget", remedy)
+    return multiple
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TargetedMethod(Method):
-    """A method that puts one adapter layer on each target.
+    """A method that puts one adapter layer on each target."""
 
-    Args:
-        targets: short names (`q k v o qkv fc1 fc2`) or path patterns.
-        blocks: `all`, `last_N` or block numbers.
-        budget: size to reach in place of the method's own, as a multiple of a LoRA: `lora_r4`,
-            `0.8*lora_r1`; see `wara.adapters.budget`.
-    """
+    targets: Annotated[tuple[str, ...], from_list] = Field(
+        ATTENTION, description="What is adapted: q k v o qkv fc1 fc2, or patterns."
+    )
+    blocks: str | int | Numbers = Field(
+        "all", description="Blocks with targets: all, last_N, or numbers from 0."
+    )
+    budget: str | float | None = Field(
+        None, description="Size instead of the method's own, as lora_r4 or 0.8*lora_r1."
+    )
 
-    targets: tuple[str, ...] = ATTENTION
-    blocks: Blocks = "all"
-    budget: str | float | None = None
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        wrong = target_fault(value) if isinstance(value, str | list | tuple) else None
+        if wrong:
+            raise fault(*wrong)
+        return value
 
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
-        check_targets(self.targets)
-        # Lists come from YAML; the options must stay hashable and comparable.
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if isinstance(self.blocks, list):
-            object.__setattr__(self, "blocks", tuple(self.blocks))
-        if self.budget is not None:
-            parse_budget(self.budget)
+    @field_validator("budget")
+    @classmethod
+    def _grammar(cls, value: str | float | None) -> str | float | None:
+        if value is not None:
+            try:
+                parse_budget(value)
+            except WaraError as error:
+                raise fault(error.what, error.remedy) from error
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size(cls, given: Any) -> Any:
+        return refuse_size_beside_budget(cls.knob, given)
 
     def find(self, model: nn.Module) -> list[Target]:
         """Return the targets in `model`."""
         return find_targets(model, self.targets, self.blocks)
 
-    def prepare(self, model: nn.Module) -> None:
-        """Put the adapter layers into `model`, in place."""
+    def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
+        """Return one adapter layer per target, see `build`."""
         found = self.find(model)
-        layers = self.build(model, found)
-        for target, layer in zip(found, layers, strict=True):
-            place(model, target, layer)
+        built = self.build(model, [target.bare() for target in found] if is_skeleton() else found)
+        return {target.name: layer for target, layer in zip(found, built, strict=True)}
 
-    def build(self, model: nn.Module, targets: list[Target]) -> list[AdapterLayer]:
-        """Return one adapter layer per target; the model is not changed."""
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
+        """Return one adapter layer for each of some targets of the model, which is not changed."""
         raise TypeError(f"{type(self).__name__} does not define build")
+
+    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
+        """Return the least and the most useful value of the knob, `None` for no limit."""
+        return 1, None
+
+    def turned(self, value: int) -> TargetedMethod:
+        """Return the method with its knob at a value."""
+        change: dict[str, Any] = {self.knob[0]: value}
+        return replace(self, **change)
+
+    def forms(self) -> Sequence[TargetedMethod]:
+        """Return the methods whose knob a budget may turn: itself, and forms left to be chosen."""
+        return [self]

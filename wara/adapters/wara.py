@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from wara.adapters.base import (
-    AdapterLayer,
-    LowRankLayer,
-    TokenDomainLayer,
-    identity_cores,
-    require,
-)
-from wara.adapters.lora import LoRALayer, check_low_rank, low_rank_parameters, scaling
-from wara.adapters.targets import Target, TargetedMethod, token_layout
-from wara.errors import WaraError, suggest
-from wara.wavelets import BOUNDARIES, SubbandMixer, check_wavelet
+from wara.adapters.base import LinearAdapter, TokenDomainLayer, is_skeleton, options, require
+from wara.adapters.lora import DROPOUT, MOST_RANK, LoRALayer, LowRankLayer, LowRankMethod
+from wara.adapters.targets import Target
+from wara.errors import WaraError
+from wara.vit import token_layout
+from wara.wavelets import Boundary, SubbandMixer, WaveletName
 
-CORES = ("identity", "scalar", "diag", "full")
-PREFIXES = ("adapt", "skip")
-SHARES = ("subband", "layer", "model")
+
+@dataclass(frozen=True)
+class Tokens:
+    """How the tokens of a model lie, and what is done to them; one for all of its layers.
+
+    Args:
+        mixer: the transform of the patch grid.
+        prefix_tokens: `p`, class and register tokens before the patches.
+        prefix: `adapt` gives these the update without a transform, `skip` leaves them alone.
+    """
+
+    mixer: SubbandMixer
+    prefix_tokens: int
+    prefix: str
 
 
 class SubbandLayer(LowRankLayer, TokenDomainLayer):
@@ -30,37 +38,14 @@ class SubbandLayer(LowRankLayer, TokenDomainLayer):
 
     Args:
         target: the linear layer and its row groups.
-        mixer: the transform, shared by all layers of the model.
-        prefix_tokens: `p`, class and register tokens before the patches.
-        prefix: `adapt` or `skip`.
-        rank: `r`.
-        scale: `α / r`.
-        dropout: probability of dropping an input entry on the adapter's path.
+        tokens: see there.
+        **low_rank: `rank`, `scale` and `dropout` of `LowRankLayer`.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        mixer: SubbandMixer,
-        *,
-        prefix_tokens: int,
-        prefix: str,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-    ) -> None:
-        linear = target.linear
-        super().__init__(
-            target.rows,
-            linear.in_features,
-            linear.out_features,
-            rank=rank,
-            scale=scale,
-            dropout=dropout,
-        )
-        self.mixer = mixer
-        self.prefix_tokens = prefix_tokens
-        self.prefix = prefix
+    def __init__(self, target: Target, tokens: Tokens, **low_rank: Any) -> None:
+        super().__init__(target, **low_rank)
+        self.mixer = tokens.mixer
+        self.prefix_tokens, self.prefix = tokens.prefix_tokens, tokens.prefix
 
     def cores(self) -> Tensor:
         """Return `K_s` of every row group: `[g, s]`, `[g, s, r]` or `[g, s, r, r]`."""
@@ -120,30 +105,11 @@ class WaRALayer(SubbandLayer):
 
     core_names = frozenset({"core"})
 
-    def __init__(
-        self,
-        target: Target,
-        mixer: SubbandMixer,
-        *,
-        core: str,
-        prefix_tokens: int,
-        prefix: str,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(
-            target,
-            mixer,
-            prefix_tokens=prefix_tokens,
-            prefix=prefix,
-            rank=rank,
-            scale=scale,
-            dropout=dropout,
-        )
-        self.down, self.up = low_rank_parameters(self.in_features, self.sizes, rank)
-        subbands = len(mixer.names)
-        self.core = nn.Parameter(identity_cores(self.groups, subbands, rank, core))
+    def __init__(self, target: Target, tokens: Tokens, *, core: str, **low_rank: Any) -> None:
+        super().__init__(target, tokens, **low_rank)
+        self.fresh()
+        subbands = len(self.mixer.names)
+        self.core = nn.Parameter(identity_cores(self.groups, subbands, self.rank, core))
 
     def cores(self) -> Tensor:
         """Return the trained cores."""
@@ -170,19 +136,14 @@ class TinyWaRALayer(SubbandLayer):
     def __init__(
         self,
         target: Target,
-        mixer: SubbandMixer,
+        tokens: Tokens,
         *,
         vector: nn.Parameter,
         bases: Tensor,
-        prefix_tokens: int,
-        prefix: str,
-        rank: int,
-        scale: float,
+        **low_rank: Any,
     ) -> None:
-        super().__init__(
-            target, mixer, prefix_tokens=prefix_tokens, prefix=prefix, rank=rank, scale=scale
-        )
-        down, up = truncated_svd(target.linear.weight, self.rows, rank)
+        super().__init__(target, tokens, **low_rank)
+        down, up = truncated_svd(target.linear.weight, self.rows, self.rank)
         self.register_buffer("down", down)
         self.register_buffer("up", up)
         self.register_buffer("bases", bases)
@@ -231,9 +192,13 @@ def truncated_svd(
     """
     downs, ups = [], []
     for start, stop in rows:
-        block = weight.detach()[start:stop].to(torch.float64)
-        most = min(block.shape)
+        most = min(stop - start, weight.shape[1])
         require(rank <= most, f"rank {rank} exceeds {most}", "rank", f"set at most {most}")
+        if weight.is_meta:
+            downs.append(weight.new_empty(rank, weight.shape[1]))
+            ups.append(weight.new_empty(stop - start, rank))
+            continue
+        block = weight.detach()[start:stop].to(torch.float64)
         u, sigma, vh = torch.linalg.svd(block, full_matrices=False)
         u, root, vh = u[:, :rank], sigma[:rank].sqrt(), vh[:rank]
         sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
@@ -242,109 +207,73 @@ def truncated_svd(
     return torch.cat(downs).to(weight.dtype), torch.cat(ups).to(weight.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SubbandMethod(TargetedMethod):
-    """Options that WaRA and Tiny-WaRA share.
+def identity_cores(groups: int, subbands: int, rank: int, core: str) -> Tensor:
+    """Return cores `K_s = I` in the wanted form.
 
     Args:
+        groups: adapted row groups, `g`.
+        subbands: `s`.
         rank: `r`.
-        alpha: `α`; none means `α = r`, a scale of 1.
-        wavelet: a discrete wavelet of PyWavelets.
-        level: levels of the transform; the grid bounds it.
-        boundary: extension of the grid at its border.
-        prefix: `adapt` gives class and register tokens the update without a transform; `skip`
-            leaves them alone.
+        core: `scalar`, `diag` or `full`.
+
+    Returns:
+        Ones `[g, s]` or `[g, s, r]`, or identities `[g, s, r, r]`.
     """
+    if core == "scalar":
+        return torch.ones(groups, subbands)
+    if core == "diag":
+        return torch.ones(groups, subbands, rank)
+    return torch.eye(rank).repeat(groups, subbands, 1, 1)
+
+
+@options
+class SubbandMethod(LowRankMethod):
+    """Options that WaRA and Tiny-WaRA share."""
 
     mergeable: ClassVar[bool] = False
 
-    rank: int = 4
-    alpha: float | None = None
-    wavelet: str = "haar"
-    level: int = 1
-    boundary: str = "symmetric"
-    prefix: str = "adapt"
+    wavelet: WaveletName = Field("haar", description="A discrete wavelet of PyWavelets.")
+    level: int = Field(1, ge=1, le=16, description="Levels of the transform; the grid bounds it.")
+    boundary: Boundary = Field("symmetric", description="How the grid goes on past its border.")
+    prefix: Literal["adapt", "skip"] = Field(
+        "adapt", description="Class and register tokens: update without transform, or none."
+    )
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_low_rank(self.rank, self.alpha, 0.0)
-        check_wavelet(self.wavelet)
-        whole = isinstance(self.level, int) and not isinstance(self.level, bool)
-        require(whole and self.level >= 1, f"level is {self.level!r}", "level", "set 1 or more")
-        for key, choices in (("prefix", PREFIXES), ("boundary", BOUNDARIES)):
-            check_choice(getattr(self, key), key, choices)
-
-    def mixer(self, model: nn.Module) -> tuple[SubbandMixer, int]:
-        """Return the transform for the model's grid, and its number of prefix tokens."""
+    def tokens(self, model: nn.Module) -> Tokens:
+        """Return how the tokens of a model lie, with the transform of its grid."""
         grid, prefix_tokens = token_layout(model)
-        return SubbandMixer(grid, self.wavelet, self.level, self.boundary), prefix_tokens
+        mixer = SubbandMixer(grid, self.wavelet, self.level, self.boundary)
+        return Tokens(mixer, prefix_tokens, self.prefix)
 
 
-def check_choice(value: str, key: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices of an option.
-
-    Args:
-        value: what is set.
-        key: option of `adapter:`.
-        choices: what is valid.
-
-    Raises:
-        WaraError: kind `config`, with the nearest choice.
-    """
-    if value not in choices:
-        raise WaraError(
-            "config", f"{key} is {value!r}", f"adapter.{key}", suggest(str(value), choices)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
+@options
 class WaRA(SubbandMethod):
     """WaRA (arXiv 2506.24092 v2): one low-rank pair for all subbands, one core per subband.
 
     With `core="identity"` WaRA equals LoRA on the patch tokens, exactly: the transform acts on
     tokens, `A` and `B` on channels, and the two commute.
-
-    Args:
-        core: form of `K_s`: `identity`, `scalar`, `diag` or `full`.
-        dropout: probability of dropping an input entry on the adapter's path.
     """
 
     name: ClassVar[str] = "wara"
     summary: ClassVar[str] = "low-rank update of the wavelet subbands of the token grid"
-    lr: ClassVar[float] = 6e-3
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "core": 5e-2, "head": 2e-3}
 
-    core: str = "diag"
-    dropout: float = 0.0
+    core: Literal["identity", "scalar", "diag", "full"] = Field(
+        "diag", description="Form of the core K_s of a subband; identity is LoRA."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        check_low_rank(self.rank, self.alpha, self.dropout)
-        check_choice(self.core, "core", CORES)
-
-    def build(self, model: nn.Module, targets: list[Target]) -> list[AdapterLayer]:
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target, all with the same transform."""
-        mixer, prefix_tokens = self.mixer(model)
-        scale = scaling(self.alpha, self.rank)
+        tokens = self.tokens(model)
+        low_rank: Any = {"rank": self.rank, "scale": self.scaling, "dropout": self.dropout}
         if self.core == "identity" and self.prefix == "adapt":
             # Σ_s P_s = I: without cores there is nothing to transform, and it can be merged.
-            return [
-                LoRALayer(target, rank=self.rank, scale=scale, dropout=self.dropout)
-                for target in targets
-            ]
-        layers: list[AdapterLayer] = []
+            return [LoRALayer(target, **low_rank) for target in targets]
+        layers: list[LinearAdapter] = []
         for target in targets:
-            layer = WaRALayer(
-                target,
-                mixer,
-                core="scalar" if self.core == "identity" else self.core,
-                prefix_tokens=prefix_tokens,
-                prefix=self.prefix,
-                rank=self.rank,
-                scale=scale,
-                dropout=self.dropout,
-            )
+            core = "scalar" if self.core == "identity" else self.core
+            layer = WaRALayer(target, tokens, core=core, **low_rank)
             if self.core == "identity":
                 # Only the prefix differs from LoRA; the cores stay the identity.
                 cores = layer.core.detach()
@@ -354,61 +283,49 @@ class WaRA(SubbandMethod):
         return layers
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TinyWaRA(SubbandMethod):
-    """Tiny-WaRA (arXiv 2506.24092 v2): a few coefficients in a fixed SVD basis of each weight.
-
-    Args:
-        coefficients: `u`, trained numbers per core.
-        share: what has a vector `v` of its own: each `subband` of each target, each `layer` (all
-            targets of one linear layer), or the whole `model`, which then trains `u` numbers.
-        seed: draws `Q`; stored in the adapter file.
-    """
+    """Tiny-WaRA (arXiv 2506.24092 v2): a few coefficients in a fixed SVD basis of each weight."""
 
     name: ClassVar[str] = "tiny_wara"
     summary: ClassVar[str] = "WaRA with a fixed SVD basis; only a few coefficients train"
-    lr: ClassVar[float] = 5e-2
+    rates: ClassVar[Mapping[str, float]] = {"core": 5e-2, "head": 2e-3}
+    knob: ClassVar[tuple[str, ...]] = ("coefficients",)
 
-    rank: int = 8
-    coefficients: int = 8
-    share: str = "subband"
-    seed: int = 0
+    rank: int = Field(8, ge=1, le=MOST_RANK, description="Rank r of the fixed basis.")
+    coefficients: int = Field(8, ge=1, le=1_000_000, description="Trained numbers u per core.")
+    share: Literal["subband", "layer", "model"] = Field(
+        "subband", description="What has coefficients of its own; model trains u numbers in all."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Draws the fixed directions; they are stored.")
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        u = self.coefficients
-        whole = isinstance(u, int) and not isinstance(u, bool)
-        require(whole and u >= 1, f"coefficients is {u!r}", "coefficients", "set 1 or more")
-        check_choice(self.share, "share", SHARES)
+    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
+        """Return 1, and the freedom that one vector `v` can have: entries of the cores it sets."""
+        cores = 3 * self.level + 1
+        groups = [len(target.rows) for target in targets]
+        shared = {"subband": 1, "layer": cores * min(groups), "model": cores * sum(groups)}
+        return 1, shared[self.share] * self.rank**2
 
-    def build(self, model: nn.Module, targets: list[Target]) -> list[AdapterLayer]:
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target, all with the same transform."""
-        mixer, prefix_tokens = self.mixer(model)
+        tokens = self.tokens(model)
         generator = torch.Generator().manual_seed(self.seed)
-        subbands, u, r = len(mixer.names), self.coefficients, self.rank
+        subbands, u, r = len(tokens.mixer.names), self.coefficients, self.rank
         shared = nn.Parameter(torch.zeros(u)) if self.share == "model" else None
-        layers: list[AdapterLayer] = []
+        layers: list[LinearAdapter] = []
         for target in targets:
             groups = len(target.rows)
             # With `v` tied across subbands one Q would make all cores equal, and the transform
             # would drop out of the update; so each subband then gets its own.
             form = (groups, u) if self.share == "subband" else (groups, subbands, u)
-            bases = torch.randn(*form, r, r, generator=generator) / r**0.5
+            if is_skeleton():
+                bases = torch.empty(*form, r, r)
+            else:
+                bases = torch.randn(*form, r, r, generator=generator) / r**0.5
             if self.share == "subband":
                 vector = nn.Parameter(torch.zeros(groups, subbands, u))
             else:
                 vector = nn.Parameter(torch.zeros(u)) if shared is None else shared
-            layers.append(
-                TinyWaRALayer(
-                    target,
-                    mixer,
-                    vector=vector,
-                    bases=bases,
-                    prefix_tokens=prefix_tokens,
-                    prefix=self.prefix,
-                    rank=r,
-                    scale=scaling(self.alpha, r),
-                )
-            )
+            low_rank: Any = {"rank": r, "scale": self.scaling}
+            layers.append(TinyWaRALayer(target, tokens, vector=vector, bases=bases, **low_rank))
         return layers

@@ -1,27 +1,35 @@
-"""Run configs as files: finding, reading, overriding, checking and writing them."""
+"""Run configs as files: reading, overriding, checking and writing them."""
 
 from __future__ import annotations
 
 import io
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from wara.adapters import Method, WaRA, find_method
+from wara.adapters.methods import unknown_option
+from wara.config.names import find_config
 from wara.config.schema import RunConfig
 from wara.errors import WaraError, WaraErrors, suggest
+from wara.schema import (
+    KeyPath,
+    Place,
+    faults_of,
+    fields_of,
+    locate,
+    parse_yaml,
+    read_yaml,
+    string_keys,
+)
 
-Check = Callable[[dict[str, Any]], list[WaraError]]
-KeyPath = tuple[str, ...]
+Check = Callable[[Any], None]
 
 ADAPTER_ALIASES = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
 
@@ -44,101 +52,72 @@ SYNONYMS = {
 }
 
 
-def shipped(kind: Literal["configs", "datasets"]) -> Path:
-    """Return the folder of shipped configs or cards, in a checkout or in the installed package.
-
-    Raises:
-        WaraError: kind "storage" when the installation lacks the folder.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "_share" / kind, package.parent / kind):
-        if folder.is_dir():
-            return folder
-    raise WaraError(
-        "storage", f"the shipped {kind} are missing", str(package), "install wara again"
-    )
-
-
-def list_configs() -> dict[str, str]:
-    """Return name -> first line of the header comment of every shipped config."""
-    found = {}
-    for path in sorted(shipped("configs").glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        found[path.stem] = first.lstrip("# ").strip()
-    return found
-
-
-def find_config(name: str | Path) -> Path:
-    """Return the file that a `--cfg` means: a path, else the name of a shipped config.
-
-    `fundus_wara` and `fundus_wara.yaml` mean the same. A file in the current folder wins.
-
-    Raises:
-        WaraError: kind "config", naming the nearest shipped config.
-    """
-    given = Path(name).expanduser()
-    candidates = [given] if given.suffix in (".yaml", ".yml") else [given, Path(f"{given}.yaml")]
-    # A bare name is looked up here and among the shipped ones, `configs/x.yaml` too when the
-    # package is installed and there is no such folder here.
-    if given.parent in (Path("."), Path("configs")):
-        candidates += [shipped("configs") / path.name for path in candidates]
-    for path in candidates:
-        if path.is_file():
-            return path
-    if given.is_dir():
-        raise WaraError(
-            "config", "--cfg is a folder", str(given), f"name a file: {given}/config.yaml"
-        )
-    names = [f"{stem}.yaml" for stem in list_configs()]
-    wanted = given.name if given.suffix else f"{given.name}.yaml"
-    raise WaraError("config", f"no config '{name}'", "--cfg", suggest(wanted, names))
-
-
 def load_config(
-    source: str | Path, overrides: Sequence[str] = (), *, checks: Sequence[Check] = ()
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    checks: Mapping[str, Check] | None = None,
 ) -> RunConfig:
     """Read a config file, put `key=value` overrides on top, and check everything at once.
 
     Args:
         source: a path, or the name of a shipped config (see `find_config`).
         overrides: `a.b=c` strings; `c` is YAML 1.2, so `1e-3` is a number and `[1, 2]` a list.
-        checks: further checks. Each gets the whole config as nested dicts, defaults filled in and
-            faulty values replaced by defaults, and returns what it finds wrong. A fault whose
-            `where` is a dotted key (`adapter.rank`) is reported with the place that set it.
+        checks: by dotted key, what else to ask of its value: called where the value is valid, it
+            raises a `WaraError` that is reported with the place that set the key.
 
     Raises:
         WaraErrors: kind "config", one line per fault, each with the file and line or the `--set`
             it came from, and with the nearest valid key.
     """
     path = find_config(source)
-    tree, origin = _read_file(path)
+    tree, origin = read_yaml(path, "config", "see `wara configs`")
     faults: list[WaraError] = []
     _rename_aliases(tree, origin, faults)
     for text in overrides:
         _apply_override(tree, origin, text, faults)
 
-    config, invalid = None, []
+    config, invalid = None, {}
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        invalid = _group(error)
-        faults += [_fault(keys, details, origin) for keys, details in invalid]
-    whole = RunConfig().model_dump(mode="json")
-    _merge_valid(whole, tree, (), {keys for keys, _ in invalid})
-    for check in checks:
-        faults += [_located(fault, origin) for fault in check(whole)]
+        owner = _method_of(tree)
+        invalid = faults_of(
+            error,
+            RunConfig,
+            origin=origin,
+            owners={("adapter",): owner},
+            unknown=lambda place: _unknown(place, owner),
+        )
+        faults += invalid.values()
+    for dotted, check in (checks or {}).items():
+        keys = tuple(dotted.split("."))
+        if any(keys[: len(known)] == known for known in invalid):
+            continue
+        value: Any = tree if config is None else config
+        for key in keys:
+            inside = isinstance(value, Mapping)
+            value = value.get(key) if inside else getattr(value, key, None)
+        if value is None:
+            continue  # a default, of a config that is refused anyway
+        try:
+            check(value)
+        except WaraError as error:
+            where = locate(keys, origin)
+            where = dotted if where == dotted else f"{dotted} in {where}"
+            faults.append(WaraError(error.kind, error.what, where, error.remedy))
     if faults or config is None:
         raise WaraErrors(faults)
     return config
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the resolved config as YAML, each key with its meaning; it loads back."""
+    """Return a config as YAML, each key with its meaning; it loads back."""
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.width = 4096  # no folding: a folded scalar and its comment are hard to read
     stream = io.StringIO()
-    yaml.dump(_commented(config), stream)
+    yaml.dump(_commented(config, config.model_dump(mode="json")), stream)
     return stream.getvalue()
 
 
@@ -153,66 +132,29 @@ class _Representer(RoundTripRepresenter):
 _Representer.add_representer(type(None), _Representer.represent_none)
 
 
-def _commented(section: BaseModel) -> CommentedMap:
-    out = CommentedMap()
-    plain = section.model_dump(mode="json")
+def _commented(section: Any, plain: Mapping[str, Any]) -> CommentedMap:
+    """Return the plain values of a section with the meaning of each key beside it."""
+    fields, out = fields_of(section), CommentedMap()
     for key, value in plain.items():
-        child = getattr(section, key, None)
-        out[key] = _commented(child) if isinstance(child, BaseModel) else value
-        field = type(section).model_fields.get(key)
-        if field is not None and field.description and not isinstance(child, BaseModel):
-            out.yaml_add_eol_comment(field.description, key, column=36)
+        inner = getattr(section, key, None)
+        if isinstance(inner, BaseModel | Method):
+            out[key] = _commented(inner, value)
+            continue
+        out[key] = value
+        meaning = fields[key].description if key in fields else "See `wara methods`."
+        out.yaml_add_eol_comment(meaning, key, column=36)
     return out
 
 
-def _yaml(text: str) -> Any:
-    # pure=True is the YAML 1.2 reader: `no` is a word, `1e-3` a number, a key twice an error.
-    return YAML(typ="safe", pure=True).load(text)
-
-
-def _reason(error: Exception) -> tuple[str, str]:
-    """Return what a YAML reader complains of in one line, and the line number as text."""
-    if isinstance(error, MarkedYAMLError):
-        what = re.sub(r"\s+", " ", error.problem or error.context or "not YAML").strip()
-        return what, f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-    return re.sub(r"\s+", " ", str(error)).strip() or "not YAML", ""
-
-
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """Return the mapping in a file, and for each key path where it stands."""
+def _method_of(tree: Mapping[str, Any]) -> type[Method] | None:
+    """Return the class that the options of a faulty `adapter:` section belong to, if any."""
+    section = tree.get("adapter")
+    if not isinstance(section, Mapping):
+        return WaRA if section is None else None
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise WaraError("config", f"cannot read the config: {reason}", str(path)) from error
-    try:
-        tree = _yaml(text)
-        node = YAML(typ="safe", pure=True).compose(text)
-    except (YAMLError, ValueError) as error:
-        what, line = _reason(error)
-        raise WaraError("config", f"not valid YAML: {what}", f"{path}{line}") from error
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise WaraError(
-            "config", "a config is a list of `key: value` lines", str(path), "see `wara configs`"
-        )
-    origin = {keys: f"{path} line {line}" for keys, line in _lines(node)}
-    return _string_keys(tree), origin
-
-
-def _lines(node: Node | None, keys: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
-    if isinstance(node, MappingNode):
-        for key, value in node.value:
-            here = (*keys, str(key.value))
-            yield here, key.start_mark.line + 1
-            yield from _lines(value, here)
-
-
-def _string_keys(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {str(key): _string_keys(value) for key, value in tree.items()}
-    return tree
+        return find_method(str(section.get("method", "wara")))
+    except WaraError:
+        return None
 
 
 def _rename_aliases(
@@ -248,10 +190,10 @@ def _apply_override(
         )
         return
     try:
-        value = _string_keys(_yaml(raw))
-    except (YAMLError, ValueError) as error:
+        value = string_keys(parse_yaml(raw))
+    except WaraError as error:
         remedy = f"put quotes around a text: --set '{dotted}=\"...\"'"
-        faults.append(WaraError("config", f"not valid YAML: {_reason(error)[0]}", where, remedy))
+        faults.append(WaraError("config", error.what, where, remedy))
         return
     if len(keys) == 2 and keys[0] == "adapter":
         keys = ("adapter", ADAPTER_ALIASES.get(keys[1], keys[1]))
@@ -275,43 +217,43 @@ def _apply_override(
         _rename_aliases(tree, origin, faults)
 
 
-def _group(error: ValidationError) -> list[tuple[KeyPath, list[ErrorDetails]]]:
-    """Gather pydantic's errors by the key they are about; a union gives one per alternative."""
-    grouped: dict[KeyPath, list[ErrorDetails]] = {}
-    for detail in error.errors(include_url=False):
-        loc = tuple(str(part) for part in detail["loc"])
-        depth = 2 if len(loc) > 1 and loc[0] in _sections() else 1
-        grouped.setdefault(loc[:depth], []).append(detail)
-    return list(grouped.items())
-
-
-def _sections() -> dict[str, type[BaseModel]]:
-    return {
+def _sections() -> dict[str, Any]:
+    """Return the parts of a config that have keys of their own."""
+    found = {
         name: field.annotation
         for name, field in RunConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        if fields_of(field.annotation)
     }
+    return {**found, "adapter": WaRA}
 
 
 def _known_keys() -> list[str]:
     sections = _sections()
     keys = [name for name in RunConfig.model_fields if name not in sections]
-    return keys + [f"{name}.{key}" for name, cls in sections.items() for key in cls.model_fields]
+    return [*keys, "adapter.method"] + [
+        f"{name}.{key}" for name, cls in sections.items() for key in fields_of(cls)
+    ]
 
 
-def _nearest_key(keys: KeyPath) -> str:
-    """Return the remedy for an unknown key: the key that was meant, with its section."""
-    leaf, known = keys[-1], _known_keys()
+def _unknown(place: Place, method: type[Method] | None) -> tuple[str, str]:
+    """Return the words for a key that does not exist: the one that was meant, with its section."""
+    keys, leaf = place.keys, place.keys[-1]
+    if keys[0] == "adapter" and len(keys) > 1 and method is not None:
+        return unknown_option(method, place)
+    return f"unknown key '{'.'.join(keys)}'", _nearest_key(keys, leaf)
+
+
+def _nearest_key(keys: KeyPath, leaf: str) -> str:
+    known = _known_keys()
     if leaf in SYNONYMS:
         return f"did you mean '{SYNONYMS[leaf]}'?"
     # Right word, wrong section; `rank` belongs to the adapter, whose options are the method's.
+    leaf = ADAPTER_ALIASES.get(leaf, leaf)
     for name in known:
         if name.rsplit(".", 1)[-1] == leaf:
             return f"did you mean '{name}'?"
-    if ADAPTER_ALIASES.get(leaf, leaf) in ADAPTER_ALIASES.values():
-        return f"did you mean 'adapter.{ADAPTER_ALIASES.get(leaf, leaf)}'?"
     section = _sections().get(keys[0]) if len(keys) > 1 else None
-    near = suggest(leaf, section.model_fields if section else RunConfig.model_fields)
+    near = suggest(leaf, fields_of(section or RunConfig))
     if near.startswith("did") and section:
         return near.replace("'", f"'{keys[0]}.", 1)
     if near.startswith("did") or section:
@@ -321,80 +263,3 @@ def _nearest_key(keys: KeyPath) -> str:
         word = near.split("'")[1]
         return f"did you mean '{next(name for name in known if name.endswith('.' + word))}'?"
     return "all keys: --print-config"
-
-
-def _fault(keys: KeyPath, details: list[ErrorDetails], origin: Mapping[KeyPath, str]) -> WaraError:
-    """Return the one line for all that pydantic says about one key."""
-    dotted, where, first = ".".join(keys), _place(keys, origin), details[0]
-    if first["type"] == "extra_forbidden":
-        return WaraError("config", f"unknown key '{dotted}'", where, _nearest_key(keys))
-    section = _sections()[keys[0]] if len(keys) > 1 else RunConfig
-    field = section.model_fields[keys[-1]]
-    remedy = f"{keys[-1]}: {field.description or ''}".rstrip(".")
-    value = _short(first["input"])
-    if first["type"] == "literal_error":
-        choices = [str(choice) for choice in get_args(field.annotation)]
-        if isinstance(first["input"], str):
-            remedy = suggest(first["input"], choices)
-        what = f"{dotted} should be one of {', '.join(choices)}, not {value}"
-    elif first["type"].startswith("model_"):
-        example = next(iter(_sections()[dotted].model_fields))
-        what = f"{dotted} should be a section with keys of its own, not {value}"
-        remedy = f"as in {dotted}.{example}"
-    else:
-        wanted = dict.fromkeys(_wanted(detail) for detail in details)
-        what = f"{dotted} should be {' or '.join(wanted)}, not {value}"
-    return WaraError("config", what, where, remedy)
-
-
-def _wanted(detail: ErrorDetails) -> str:
-    """Return what a value should have been, in plain words."""
-    limits = detail.get("ctx", {})
-    words = {
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "finite_number": "a finite number",
-        "bool_type": "true or false",
-        "string_type": "a text",
-        "string_too_short": "a text that is not empty",
-        "greater_than": f"above {limits.get('gt', 0):g}",
-        "greater_than_equal": f"at least {limits.get('ge', 0):g}",
-        "less_than": f"below {limits.get('lt', 0):g}",
-        "less_than_equal": f"at most {limits.get('le', 0):g}",
-    }
-    return words.get(detail["type"], detail["msg"])
-
-
-def _place(keys: KeyPath, origin: Mapping[KeyPath, str]) -> str:
-    for length in range(len(keys), 0, -1):
-        if keys[:length] in origin:
-            return origin[keys[:length]]
-    return next((place for known, place in origin.items() if known[: len(keys)] == keys), "")
-
-
-def _located(fault: WaraError, origin: Mapping[KeyPath, str]) -> WaraError:
-    """Add to a fault that names a key the place where the key was set."""
-    place = _place(tuple(fault.where.split(".")), origin) if fault.where else ""
-    if not place:
-        return fault
-    return WaraError(fault.kind, fault.what, f"{fault.where} in {place}", fault.remedy)
-
-
-def _short(value: Any) -> str:
-    # As YAML has it: null and true, not None and True.
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _merge_valid(
-    into: dict[str, Any], tree: Mapping[str, Any], keys: KeyPath, invalid: set[KeyPath]
-) -> None:
-    """Put the valid values of the tree over the defaults, in place."""
-    for key, value in tree.items():
-        here = (*keys, key)
-        if here in invalid:
-            continue
-        if not keys and isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge_valid(into[key], value, here, invalid)
-        else:
-            into[key] = value

@@ -9,21 +9,17 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-
-class _Section(BaseModel):
-    # Strict: `epochs: "12"` and `compile: 1` are typing slips, and a slip that is silently
-    # converted is a run that is not the one in the file.
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
+from wara.adapters import Method, read_method, section_of
+from wara.cards import Augmentation
+from wara.schema import Section, fault
 
 
-class BackboneConfig(_Section):
+class BackboneConfig(Section):
     """The frozen network that is adapted."""
 
     name: str = Field("wara_nano", min_length=1, description="Any timm ViT, or wara_nano.")
@@ -45,20 +41,13 @@ class BackboneConfig(_Section):
         return tuple(value) if isinstance(value, list) else value
 
 
-class AdapterConfig(_Section):
-    """The method that is trained, and its own options as further keys."""
-
-    model_config = ConfigDict(extra="allow")
-
-    method: str = Field("wara", min_length=1, description="See `wara methods`.")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the method: every key but `method`."""
-        return dict(self.model_extra or {})
+AnyMethod = Annotated[
+    Method, PlainValidator(read_method), PlainSerializer(section_of, return_type=dict)
+]
+"""One of the methods, told apart by the key `method`; its options are the other keys."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """How images are found, split and augmented."""
 
     cache: str | None = Field(None, description="Folder of downloaded data; null: ~/.cache/wara.")
@@ -68,8 +57,8 @@ class DataConfig(_Section):
     val_fraction: float = Field(0.15, gt=0, lt=1, description="Share for validation if not split.")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for the test if not split.")
     split_seed: int = Field(0, ge=0, description="Seed of the split, apart from the run's seed.")
-    augment: str = Field(
-        "auto", min_length=1, description="auto (what the card says), off, or a preset's name."
+    augment: Literal["auto", *get_args(Augmentation)] = Field(  # type: ignore[valid-type]
+        "auto", description="Training images: auto (what the card says), off, or a preset."
     )
     workers: int = Field(0, ge=0, description="Processes that load images; results do not change.")
 
@@ -81,7 +70,7 @@ class DataConfig(_Section):
         return value
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run. Field order is the order in the resolved file."""
 
     dataset: str = Field(
@@ -97,7 +86,9 @@ class RunConfig(_Section):
         None, min_length=1, description="Run folder; null: runs/<dataset>_<method>_s<seed>."
     )
     backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="The network.")
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="The method.")
+    adapter: AnyMethod = Field(
+        default_factory=lambda: read_method({}), description="The method and its options."
+    )
     data: DataConfig = Field(default_factory=DataConfig, description="The images.")
 
     loss: Literal["auto", "ce", "weighted_ce", "focal", "bce"] = Field(
@@ -114,10 +105,14 @@ class RunConfig(_Section):
     batch_size: int = Field(32, ge=1, description="Images per batch, over all devices together.")
     accumulate: int = Field(1, ge=1, description="Batches per optimiser step.")
     lr: float | None = Field(
-        None, ge=0, description="Peak learning rate of the adapter; null: what suits the method."
+        None, ge=0, description="Peak learning rate of what the method trains; null: its own."
     )
-    lr_core: float = Field(5e-2, ge=0, description="Peak learning rate of the WaRA cores.")
-    lr_head: float = Field(2e-3, ge=0, description="Peak learning rate of the head.")
+    lr_core: float | None = Field(
+        None, ge=0, description="That of the cores, beside an adapter; null: the method's."
+    )
+    lr_head: float | None = Field(
+        None, ge=0, description="That of the head, beside a method; null: the method's."
+    )
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
     warmup_epochs: float = Field(1.0, ge=0, description="Linear warm-up before the cosine.")
     clip_grad: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: any.")
@@ -153,6 +148,46 @@ class RunConfig(_Section):
             raise PydanticCustomError("warmup", "at most epochs")
         return value
 
+    @field_validator("lr_core", "lr_head")
+    @classmethod
+    def _rate_of_something(cls, value: float | None, info: ValidationInfo) -> float | None:
+        method, group = info.data.get("adapter"), str(info.field_name).removeprefix("lr_")
+        if value is None or method is None:
+            return value
+        if group not in method.rates:
+            raise fault(f"'{method.name}' trains no cores", f"remove {info.field_name}")
+        if group == next(iter(method.rates)) and info.data.get("lr") not in (None, value):
+            what = f"lr and {info.field_name} are the same rate for '{method.name}'"
+            raise fault(what, "set one of the two")
+        return value
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Peak learning rate of each group of parameters that the method trains."""
+        given = {"core": self.lr_core, "head": self.lr_head}
+        found = {}
+        for place, (group, own) in enumerate(self.adapter.rates.items()):
+            main = self.lr if place == 0 else None
+            chosen = main if main is not None else given.get(group)
+            found[group] = own if chosen is None else chosen
+        return found
+
+    def resolved(self, method: Method | None = None) -> RunConfig:
+        """Return the same run with nothing left to look up: the rates stand in it.
+
+        Args:
+            method: the method as it trains, where a budget has been fitted to a model.
+        """
+        rates = self.rates
+        main = next(iter(rates))
+        update = {
+            "adapter": method or self.adapter,
+            "lr": rates[main],
+            "lr_core": rates["core"] if "core" in rates and main != "core" else None,
+            "lr_head": rates["head"] if main != "head" else None,
+        }
+        return self.model_copy(update=update)
+
     @property
     def folder(self) -> Path:
         """Run folder: `out`, or one named after data set, method and seed."""
@@ -165,7 +200,7 @@ class RunConfig(_Section):
         )
         stem = re.sub(r"\.ya?ml$", "", name)
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)
-        return Path("runs") / f"{stem}_{self.adapter.method}_s{self.seed}"
+        return Path("runs") / f"{stem}_{self.adapter.name}_s{self.seed}"
 
 
 def _is_path(text: str) -> bool:

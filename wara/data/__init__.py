@@ -1,12 +1,13 @@
 """The data room: from a data set's name to checked, split and counted batches.
 
 `open_source` finds the images, `assign_splits` divides them, `check` refuses what would make a
-number a lie, `ImageDataModule` hands out batches.
+number a lie, `eval_batches` hands out batches.
 """
 
 from wara.data.balance import class_counts, class_weights, imbalance_ratio, positive_weights
 from wara.data.gate import assign_splits, check
 from wara.data.imageset import ImageSet, Record
+from wara.data.loader import eval_batches
 from wara.data.sources import default_cache, open_source
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "class_counts",
     "class_weights",
     "default_cache",
+    "eval_batches",
     "imbalance_ratio",
     "open_source",
     "positive_weights",

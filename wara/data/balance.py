@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
+
+from wara.data.splits import SPLITS
 
 
 def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -62,3 +67,40 @@ def positive_weights(counts: np.ndarray, images: int) -> np.ndarray:
     weights = np.ones(len(counts))
     weights[counts > 0] = (images - counts[counts > 0]) / counts[counts > 0]
     return weights.clip(max=MOST_POSITIVE_WEIGHT).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class SplitTable:
+    """Images per split and class.
+
+    Args:
+        classes: `c` names.
+        counts: `[c]` per split; for a multilabel task the images that show the finding.
+        images: per split.
+        patients: per split; None where there is no patient column.
+    """
+
+    classes: tuple[str, ...]
+    counts: Mapping[str, tuple[int, ...]]
+    images: Mapping[str, int]
+    patients: Mapping[str, int | None]
+
+    @classmethod
+    def of(
+        cls,
+        labels: Sequence[int | tuple[int, ...]],
+        patients: Sequence[str | None],
+        splits: Sequence[str],
+        classes: Sequence[str],
+    ) -> SplitTable:
+        """Count."""
+        counts, images, people = {}, {}, {}
+        for split in SPLITS:
+            chosen = [i for i, name in enumerate(splits) if name == split]
+            values = np.array([labels[i] for i in chosen], dtype=np.int64)
+            tally = class_counts(values, len(classes)) if chosen else np.zeros(len(classes))
+            counts[split] = tuple(int(n) for n in tally)
+            images[split] = len(chosen)
+            known = {patients[i] for i in chosen}
+            people[split] = None if known <= {None} else len(known - {None})
+        return cls(tuple(classes), counts, images, people)

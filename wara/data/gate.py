@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from wara import storage
 from wara.data.balance import class_counts
-from wara.data.imageset import ImageSet, in_threads
+from wara.data.imageset import ImageSet
 from wara.data.splits import SPLITS, connected_groups, stratify
 from wara.errors import WaraError, WaraErrors
-from wara.images import ImageSpec
 
 SHOWN = 20
 FAULT_FILE = "data_faults.txt"
@@ -53,7 +51,8 @@ def assign_splits(
     fractions = [1 - sum(wanted[split] for split in missing), *(wanted[s] for s in missing)]
     if pool:
         groups = connected_groups(
-            [image_set.records[index].patient for index in pool], _hashes(image_set, pool)
+            [image_set.records[index].patient for index in pool],
+            [image_set.sha256(index) for index in pool],
         )
         parts = stratify(image_set.labels[pool], groups, fractions, seed)
         for index, part in zip(pool, parts, strict=True):
@@ -61,22 +60,11 @@ def assign_splits(
     return [split or "train" for split in given]
 
 
-def _hashes(image_set: ImageSet, indices: Sequence[int]) -> list[str | None]:
-    def sha256(index: int) -> str | None:
-        try:
-            return image_set.sha256(index)
-        except WaraError:
-            return None  # `check` reads it again and reports it with everything else
-
-    return [value if isinstance(value, str) else None for value in in_threads(sha256, indices)]
-
-
 def check(
     image_set: ImageSet,
     splits: Sequence[str],
     *,
     report_dir: str | Path | None,
-    spec: ImageSpec | None = None,
 ) -> list[str]:
     """Refuse data that cannot give a right number; return what the plan should mention.
 
@@ -90,8 +78,6 @@ def check(
         splits: "train", "val" or "test" per record.
         report_dir: folder for the list of all offenders, made and written only when there are
             more than the message shows; None to write nothing.
-        spec: when given, images are kept in memory as it wants them, if they fit, so that they
-            are decoded once for checking and training.
 
     Returns:
         Notes, a line each.
@@ -101,7 +87,7 @@ def check(
         WaraError: kind "storage" when that list is needed and cannot be written.
     """
     faults = list(image_set.faults)
-    faults += _unreadable(image_set, spec)
+    faults += image_set.survey()
     notes = list(image_set.notes)
     faults += _class_faults(image_set, splits, notes)
     faults += _patient_faults(image_set, splits, notes)
@@ -117,52 +103,14 @@ def _report(faults: Sequence[WaraError], report_dir: str | Path | None) -> WaraE
         rest = "correct the first ones and run again"
         if report_dir is not None:
             path = Path(report_dir) / FAULT_FILE
-            _write(path, faults)
+            try:
+                storage.write_text(path, "\n".join(map(str, faults)))
+            except WaraError as error:
+                remedy = f"{error.remedy}; the first fault is: {faults[0].what}"
+                raise WaraError("storage", error.what, error.where, remedy) from error
             rest = f"all are listed in {path}"
         shown.append(WaraError("data", f"{len(faults) - SHOWN} more offenders", "", rest))
     return WaraErrors(shown)
-
-
-def _write(path: Path, faults: Sequence[WaraError]) -> None:
-    """Write one fault per line; the file is whole or not there."""
-    beside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as stream:
-            beside = Path(stream.name)
-            stream.writelines(f"{fault}\n" for fault in faults)
-        os.replace(beside, path)
-    except OSError as error:
-        if beside is not None:
-            beside.unlink(missing_ok=True)
-        raise WaraError(
-            "storage",
-            f"the list of {len(faults)} faults in the data cannot be written: "
-            f"{error.strerror or error}",
-            str(path),
-            f"choose a folder that can be written; the first fault is: {faults[0].what}",
-        ) from error
-
-
-def _unreadable(image_set: ImageSet, spec: ImageSpec | None) -> list[WaraError]:
-    if image_set.reader.decoded:
-        return []
-    size = None
-    interpolation = "bicubic"
-    if spec is not None and image_set.keep(spec.size, spec.interpolation):
-        size, interpolation = spec.size, spec.interpolation
-
-    def attempt(index: int) -> WaraError | None:
-        try:
-            image_set.verify(index, size, interpolation)
-        except WaraError as error:
-            return error
-        return None
-
-    found = in_threads(attempt, range(len(image_set)))
-    return [fault for fault in found if isinstance(fault, WaraError)]
 
 
 def _class_faults(image_set: ImageSet, splits: Sequence[str], notes: list[str]) -> list[WaraError]:
@@ -265,7 +213,8 @@ def _duplicate_faults(
     image_set: ImageSet, splits: Sequence[str], notes: list[str]
 ) -> list[WaraError]:
     same: dict[str, list[int]] = defaultdict(list)
-    for index, digest in enumerate(_hashes(image_set, range(len(image_set)))):
+    for index in range(len(image_set)):
+        digest = image_set.sha256(index)
         if digest is not None:
             same[digest].append(index)
     records = image_set.records

@@ -14,7 +14,7 @@ import numpy as np
 
 from wara.cards import Card
 from wara.errors import WaraError
-from wara.images import read_bytes, read_image, resize
+from wara.images import ImageSpec, load_array, read_bytes, read_image, resize
 
 # Resized images are kept in memory below this many bytes: about 13,000 images of 224 x 224.
 MEMORY_LIMIT = 2_000_000_000
@@ -40,23 +40,18 @@ class Record:
 class Reader(Protocol):
     """Where pixels come from."""
 
-    # Whether images are arrays already, so that reading one cannot fail.
-    decoded: bool
-
     def read(self, index: int) -> np.ndarray:
         """Return image `index` as uint8 `[H, W, 3]`."""
 
-    def read_and_hash(self, index: int) -> tuple[np.ndarray, str]:
-        """Return image `index` and the SHA-256 of its content, touching the disk once."""
+    def load(self, index: int, spec: ImageSpec | None) -> tuple[np.ndarray | None, str]:
+        """Return image `index` resized, uint8 `[h, w, 3]`, and the SHA-256 of its content.
 
-    def sha256(self, index: int) -> str:
-        """Return the SHA-256 of the content of image `index`."""
+        The disk is touched once. Without `spec` the image is only checked.
+        """
 
 
 class FileReader:
     """Images in files, one each."""
-
-    decoded = False
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -65,24 +60,19 @@ class FileReader:
         """Return image `index` as uint8 `[H, W, 3]`."""
         return read_image(self.paths[index])
 
-    def read_and_hash(self, index: int) -> tuple[np.ndarray, str]:
-        """Return image `index` and the SHA-256 of its file."""
+    def load(self, index: int, spec: ImageSpec | None) -> tuple[np.ndarray | None, str]:
+        """Return image `index` resized, and the SHA-256 of its file."""
         path = self.paths[index]
         data = read_bytes(path)
+        digest = hashlib.sha256(data).hexdigest()
         try:
-            return read_image(data), hashlib.sha256(data).hexdigest()
+            return (read_image(data) if spec is None else load_array(data, spec)), digest
         except WaraError as error:
             raise WaraError(error.kind, error.what, str(path), error.remedy) from error
-
-    def sha256(self, index: int) -> str:
-        """Return the SHA-256 of the file of image `index`."""
-        return hashlib.sha256(read_bytes(self.paths[index])).hexdigest()
 
 
 class ArrayReader:
     """Images in arrays: uint8 `[n, h, w]` or `[n, h, w, 3]`, one after the other."""
-
-    decoded = True
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self.arrays = list(arrays)
@@ -97,16 +87,15 @@ class ArrayReader:
         stored = self._stored(index)
         return stored if stored.ndim == 3 else np.repeat(stored[:, :, None], 3, axis=2)
 
-    def read_and_hash(self, index: int) -> tuple[np.ndarray, str]:
-        """Return image `index` and the SHA-256 of its shape and pixels."""
-        return self.read(index), self.sha256(index)
-
-    def sha256(self, index: int) -> str:
-        """Return the SHA-256 of shape and pixels of image `index`."""
+    def load(self, index: int, spec: ImageSpec | None) -> tuple[np.ndarray | None, str]:
+        """Return image `index` resized, and the SHA-256 of its shape and pixels."""
         stored = np.ascontiguousarray(self._stored(index))
         digest = hashlib.sha256(repr(stored.shape).encode())
         digest.update(stored.tobytes())
-        return digest.hexdigest()
+        array = None
+        if spec is not None:
+            array = resize(self.read(index), spec.size, spec.interpolation)
+        return array, digest.hexdigest()
 
 
 class ImageSet:
@@ -144,10 +133,11 @@ class ImageSet:
         self.substituted_for = substituted_for
         self.notes = tuple(notes)
         self.faults = tuple(faults)
+        self.unreadable: tuple[WaraError, ...] | None = None
         self._hashes: dict[int, str] = {}
         self._kept: np.ndarray | None = None
         self._filled = np.zeros(len(self.records), bool)
-        self._kept_as: tuple[tuple[int, int], str] | None = None
+        self._kept_as: ImageSpec | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -168,37 +158,53 @@ class ImageSet:
         """
         return self.reader.read(index)
 
-    def sha256(self, index: int) -> str:
-        """Return the SHA-256 of the content of image `index`, computed once.
-
-        Raises:
-            WaraError: kind "data" when it cannot be read.
-        """
-        if index not in self._hashes:
-            self._hashes[index] = self.reader.sha256(index)
-        return self._hashes[index]
-
-    def keep(self, size: tuple[int, int], interpolation: str) -> bool:
-        """Keep images in memory, once resized, if all of them fit into `MEMORY_LIMIT`.
+    def survey(self, spec: ImageSpec | None = None) -> tuple[WaraError, ...]:
+        """Read every image once: what cannot be read, all hashes, and the images themselves.
 
         Args:
-            size: `(h, w)` in pixels.
-            interpolation: as in `wara.images.resize`.
+            spec: when given, images are kept in memory as it wants them, if they all fit, so that
+                they are decoded once for the check and for training.
 
         Returns:
-            Whether images of that size are kept.
+            One refusal per image that cannot be read; kept in `unreadable`.
         """
-        if self._kept_as == (size, interpolation):
+        if self.unreadable is None:
+            keep = spec is not None and self.keep(spec)
+
+            def attempt(index: int) -> WaraError | None:
+                try:
+                    self._load(index, spec if keep else None)
+                except WaraError as error:
+                    return error
+                return None
+
+            found = in_threads(attempt, range(len(self)))
+            self.unreadable = tuple(fault for fault in found if isinstance(fault, WaraError))
+        return self.unreadable
+
+    def sha256(self, index: int) -> str | None:
+        """Return the SHA-256 of the content of image `index`; None when it cannot be read."""
+        if self.unreadable is None:
+            self.survey()
+        return self._hashes.get(index)
+
+    def keep(self, spec: ImageSpec) -> bool:
+        """Keep images in memory, once resized, if all of them fit into `MEMORY_LIMIT`.
+
+        Returns:
+            Whether images are kept as `spec` wants them.
+        """
+        if self._kept_as == spec:
             return self._kept is not None
-        shape = (len(self.records), *size, 3)
+        shape = (len(self.records), *spec.size, 3)
         fits = int(np.prod(shape, dtype=np.int64)) <= MEMORY_LIMIT
         # Memory is only taken when a row is first written.
         self._kept = np.empty(shape, np.uint8) if fits else None
         self._filled[:] = False
-        self._kept_as = (size, interpolation)
+        self._kept_as = spec
         return fits
 
-    def resized(self, index: int, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    def array(self, index: int, spec: ImageSpec) -> np.ndarray:
         """Return image `index` as uint8 `[h, w, 3]`, from memory where `keep` allows it.
 
         The array may be shared: copy it before writing.
@@ -206,50 +212,28 @@ class ImageSet:
         Raises:
             WaraError: kind "data" when it cannot be read.
         """
-        return self._resized(index, size, interpolation, self.reader.read)
+        if self._kept is not None and self._kept_as == spec and self._filled[index]:
+            return self._kept[index]
+        array = self._load(index, spec)
+        assert array is not None
+        return array
 
-    def verify(self, index: int, size: tuple[int, int] | None, interpolation: str) -> None:
-        """Decode image `index` and hash it; keep it resized if `size` is given and `keep` allows.
-
-        Raises:
-            WaraError: kind "data" when it cannot be read.
-        """
-
-        def read(index: int) -> np.ndarray:
-            array, self._hashes[index] = self.reader.read_and_hash(index)
-            return array
-
-        if size is None:
-            read(index)
-        else:
-            self._resized(index, size, interpolation, read)
-
-    def _resized(
-        self,
-        index: int,
-        size: tuple[int, int],
-        interpolation: str,
-        read: Callable[[int], np.ndarray],
-    ) -> np.ndarray:
-        kept = self._kept if self._kept_as == (size, interpolation) else None
-        if kept is not None and self._filled[index]:
-            return kept[index]
-        array = resize(read(index), size, interpolation)
-        if kept is not None:
-            kept[index] = array
+    def _load(self, index: int, spec: ImageSpec | None) -> np.ndarray | None:
+        array, self._hashes[index] = self.reader.load(index, spec)
+        if array is not None and self._kept is not None and self._kept_as == spec:
+            self._kept[index] = array
             self._filled[index] = True
         return array
 
-    def fill(self, size: tuple[int, int], interpolation: str) -> None:
+    def fill(self, spec: ImageSpec) -> None:
         """Read whatever `keep` has not yet in memory, in threads.
 
         Raises:
             WaraError: kind "data" when an image cannot be read.
         """
-        if not self.keep(size, interpolation):
-            return
-        missing = np.flatnonzero(~self._filled).tolist()
-        in_threads(lambda index: self.resized(index, size, interpolation), missing)
+        if self.keep(spec):
+            missing = np.flatnonzero(~self._filled).tolist()
+            in_threads(lambda index: self.array(index, spec), missing)
 
 
 def in_threads(work: Callable[[int], object], indices: Sequence[int]) -> list[object]:

@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from wara.backbones import reachable
 from wara.cards import Card, MedMNISTSource
 from wara.data.imageset import ArrayReader, ImageSet, Record
 from wara.data.splits import SPLITS
 from wara.errors import WaraError, suggest
+from wara.net import reachable
+from wara.storage import replacing
 
 # Arrays above this many bytes are mapped, not loaded: ChestMNIST at 224 px is 5.6 GB.
 MAP_ABOVE = 1 << 30
@@ -168,22 +169,9 @@ def _array(archive: Any, key: str, path: Path) -> np.ndarray:
     # Named by size and time of the packed file, so that another file is unpacked anew.
     unpacked = path.with_name(f"{path.stem}.{state.st_size}-{state.st_mtime_ns}") / member
     if not unpacked.is_file() or unpacked.stat().st_size != size:
-        unpacked.parent.mkdir(exist_ok=True)
-        partial = unpacked.with_name(f".{os.getpid()}-{member}")
-        try:
-            with archive.zip.open(member) as packed, partial.open("wb") as stream:
+        with replacing(unpacked) as partial, archive.zip.open(member) as packed:
+            with partial.open("wb") as stream:
                 shutil.copyfileobj(packed, stream, 1 << 22)
-            os.replace(partial, unpacked)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise WaraError(
-                "storage",
-                f"cannot unpack {size / 1e9:.1f} GB: {reason}",
-                str(unpacked),
-                "make room there, or name another folder by data.cache",
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
     return np.load(unpacked, mmap_mode="r", allow_pickle=False)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import zipfile
 import zlib
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from wara.cards import Card, PhantomSource
 from wara.data.imageset import ArrayReader, ImageSet, Record, processors
 from wara.data.splits import SPLITS, connected_groups, stratify
 from wara.errors import WaraError
+from wara.storage import replacing
 
 _FEW = 200  # below this, starting processes takes longer than they save
 
@@ -38,7 +39,7 @@ def open_phantoms(
     Raises:
         WaraError: kind "config" when the card's classes are not the ones that are drawn.
     """
-    from wara import phantoms  # scipy and skimage, which real data does not need
+    from wara import phantoms  # OpenCV, which real data does not need
 
     if card.modality is None:
         raise WaraError("config", "a phantom card without modality", card.name, "name the modality")
@@ -113,17 +114,9 @@ def _collection(
 
 
 def _keep(path: Path, **arrays: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")
-        try:
-            with partial.open("wb") as stream:
-                np.savez(stream, **arrays)  # type: ignore[arg-type]
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError:
-        return  # a cache that cannot be written costs seconds, not results
+    # A cache that cannot be written costs seconds, not results.
+    with contextlib.suppress(WaraError), replacing(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def _fingerprint() -> str:
@@ -133,6 +126,6 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(phantoms.__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    for library in ("numpy", "scipy", "scikit-image", "pillow"):
+    for library in ("numpy", "opencv-python-headless"):
         digest.update(f"{library} {version(library)}".encode())
     return digest.hexdigest()[:12]

@@ -121,14 +121,6 @@ def ece(labels: ArrayLike, probs: ArrayLike, *, bins: int = BINS) -> float:
     return float(np.mean(errors))
 
 
-def nll(logits: ArrayLike, labels: ArrayLike, *, temperature: float = 1.0) -> float:
-    """Return the mean negative log-likelihood in nats; labels [n] or 0/1 [n, c] (per label)."""
-    z, y = _finite_logits(logits) / temperature, np.asarray(labels)
-    if y.ndim == 2:
-        return float(np.mean(np.logaddexp(0.0, z) - y * z))
-    return float(np.mean(np.logaddexp.reduce(z, axis=1) - z[np.arange(len(z)), y]))
-
-
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """Fit the temperature that minimises the negative log-likelihood, on validation images.
 

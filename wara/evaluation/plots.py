@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from sklearn.metrics import (
 
 from wara.errors import WaraError
 from wara.evaluation.calibration import confidence_and_hits, ece, reliability_bins
+from wara.storage import write_bytes
 
 STAMP = "synthetic phantoms: drawn by code, no patient was imaged"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -365,24 +365,16 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(fig: Figure, path: str | Path, synthetic: bool) -> Path:
-    """Write the PNG beside its place and move it there; a crash leaves no half a figure."""
+    """Write the PNG, whole or not at all."""
     if synthetic:
         height = fig.get_size_inches()[1]
         share = 0.26 / height
         fig.set_layout_engine("constrained", rect=(0, share, 1, 1 - share))
         fig.text(0.5, 0.05 / height, STAMP, ha="center", va="bottom", fontsize=8, color=PALETTE[1])
-    out = Path(path)
-    buffer = io.BytesIO()
+    out, buffer = Path(path), io.BytesIO()
     # No version or date in the file: the same numbers give the same bytes.
     fig.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(buffer.getvalue())
-        os.replace(beside, out)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise WaraError("storage", "cannot write a figure", str(out), str(error)) from error
+    write_bytes(out, buffer.getvalue())
     return out
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from wara.training import files
+from wara.errors import storage_error
+from wara.runs.folder import RunFolder
 
 
 def silence_libraries() -> None:
@@ -70,6 +71,24 @@ class Console:
         """Print a line even when quiet, and log it."""
         self._put(text, show=True)
 
+    def plan(self, warnings: list[str], lines: list[str]) -> None:
+        """Print a plan; its first lines, the warnings, even when quiet."""
+        for line in warnings:
+            self.final(line)
+        for line in lines[len(warnings) :]:
+            self.say(line)
+
+    def result(self, table: list[str], folder: RunFolder, *, synthetic: bool) -> None:
+        """Print the table of results and where everything lies."""
+        self.say()
+        for line in ["on synthetic images:"] * synthetic + table:
+            self.final(line)
+        self.say()
+        self.final(f"report   {folder.report}")
+        self.say(f"metrics  {folder.metrics}")
+        self.final(f"adapter  {folder.adapter}")
+        self.say(f"plots    {folder.plots}")
+
     def _put(self, text: str, *, show: bool) -> None:
         if not self.enabled:
             return
@@ -95,7 +114,7 @@ class Console:
             self._log.writelines(f"{line}\n" for line in self._waiting)
             self._log.flush()
         except OSError as error:
-            raise files.storage_error(error, path) from error
+            raise storage_error(error, path) from error
         self._waiting = []
 
     def log_only(self, text: str) -> None:

@@ -4,56 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
-from wara.adapters import adapter_state_dict, load_adapter_state
-from wara.errors import WaraError
-from wara.training.checkpoints import SafeCheckpointIO
+from wara.adapters import adapter_state_dict
+from wara.runs.folder import RunFolder
+from wara.runs.progress import Progress, Row
+from wara.runs.tables import write_curves
+from wara.training.checkpoint import write_best, write_last
 from wara.training.console import Console
-from wara.training.folder import RunFolder
 from wara.training.signals import Stopped, StopSignals
 from wara.training.task import FineTuning
-
-Row = dict[str, float | None]
-
-
-@dataclass
-class Progress:
-    """How far a run is; plain values, part of every checkpoint."""
-
-    epoch: int = 0
-    """Epochs completed."""
-    step: int = 0
-    """Optimiser steps made."""
-    seconds: float = 0.0
-    """Time spent training, over all processes that took their turn at the run."""
-    monitor: str = ""
-    """Metric that picks the best epoch; `val_loss` where the wanted one is undefined."""
-    best_epoch: int = 0
-    best_value: float | None = None
-    stale: int = 0
-    """Epochs since the best one."""
-    history: list[Row] = field(default_factory=list)
-
-    def better(self, value: float) -> bool:
-        """Whether `value` beats the best so far; the earlier epoch wins a tie."""
-        if self.best_value is None:
-            return True
-        return value < self.best_value if self.monitor == "val_loss" else value > self.best_value
-
-    def note(self, row: Row, value: float) -> bool:
-        """Count an epoch in; return whether it is the best so far."""
-        improved = self.better(value)
-        if improved:
-            self.best_epoch, self.best_value, self.stale = self.epoch, value, 0
-        else:
-            self.stale += 1
-        self.history.append(row)
-        return improved
 
 
 class Journal(pl.Callback):
@@ -68,8 +31,7 @@ class Journal(pl.Callback):
         stop: the signals.
         progress: the state to go on from.
         identity: plain values that a resumed run must agree with.
-        patience: epochs without a better value before stopping; None never stops.
-        epochs: planned number of epochs.
+        synthetic: whether the images were drawn.
         sinks: called with (epoch, row), such as wandb.
     """
 
@@ -81,21 +43,13 @@ class Journal(pl.Callback):
         stop: StopSignals,
         progress: Progress,
         identity: dict[str, Any],
-        patience: int | None,
-        epochs: int,
+        synthetic: bool,
         sinks: list[Callable[[int, Row], None]] | None = None,
     ) -> None:
         self.folder, self.console, self.stop = folder, console, stop
-        self.progress, self.identity = progress, identity
-        self.patience, self.epochs = patience, epochs
+        self.progress, self.identity, self.synthetic = progress, identity, synthetic
         self.sinks = sinks or []
-        self.io = SafeCheckpointIO()
         self._began = time.perf_counter()
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether patience has run out."""
-        return self.patience is not None and self.progress.stale >= self.patience
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signals back from Lightning."""
@@ -121,7 +75,7 @@ class Journal(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write, print, and decide whether to go on."""
         assert isinstance(pl_module, FineTuning)
-        progress = self.progress
+        progress, recipe = self.progress, pl_module.recipe
         train_loss = pl_module.mean_train_loss()
         val_loss = pl_module.val_loss
         assert val_loss is not None
@@ -138,12 +92,12 @@ class Journal(pl.Callback):
             **{f"val_{name}": value for name, value in pl_module.val_metrics.items()},
             "seconds": round(spent, 3),
         }
-        wanted = pl_module.val_metrics.get(pl_module.monitor)
+        wanted = pl_module.val_metrics.get(recipe.monitor)
         if not progress.monitor:
-            progress.monitor = "val_loss" if wanted is None else pl_module.monitor
+            progress.monitor = "val_loss" if wanted is None else recipe.monitor
             if wanted is None:
                 self.console.say(
-                    f"note: {pl_module.monitor} is undefined on the validation images; the best "
+                    f"note: {recipe.monitor} is undefined on the validation images; the best "
                     "epoch is the one with the lowest validation loss"
                 )
         value = val_loss if progress.monitor == "val_loss" else wanted
@@ -152,14 +106,14 @@ class Journal(pl.Callback):
         if trainer.is_global_zero:
             self._write(trainer, pl_module, improved)
             shown = "" if progress.monitor == "val_loss" else f"  {progress.monitor} {value:.4f}"
-            width = len(str(self.epochs))
+            width = len(str(recipe.epochs))
             self.console.say(
-                f"epoch {progress.epoch:>{width}}/{self.epochs}  train loss {train_loss:.4f}  "
+                f"epoch {progress.epoch:>{width}}/{recipe.epochs}  train loss {train_loss:.4f}  "
                 f"val loss {val_loss:.4f}{shown}  {spent:.1f} s{'  best' if improved else ''}"
             )
             for sink in self.sinks:
                 sink(progress.epoch, row)
-        if self.exhausted and progress.epoch < self.epochs:
+        if exhausted(progress, recipe.patience) and progress.epoch < recipe.epochs:
             trainer.should_stop = True
             self.console.say(
                 f"stopping early: no better {progress.monitor} for {progress.stale} epochs"
@@ -167,63 +121,20 @@ class Journal(pl.Callback):
         flag = torch.tensor(float(self.stop.requested), device=pl_module.device)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        if flag.item() and progress.epoch < self.epochs:
+        if flag.item() and progress.epoch < recipe.epochs:
             raise Stopped(int(flag.item()))
 
     def _write(self, trainer: pl.Trainer, module: FineTuning, improved: bool) -> None:
+        folder, progress = self.folder, self.progress
         state = {n: t.detach().cpu() for n, t in adapter_state_dict(module.model).items()}
-        self.io.save_checkpoint(
-            {
-                "progress": vars(self.progress).copy(),
-                "identity": self.identity,
-                "state": state,
-                "optimiser": trainer.optimizers[0].state_dict(),
-                "method": module.method.training_state(module.model),
-            },
-            self.folder.last,
-        )
+        method = module.method.training_state(module.model)
+        optimiser = trainer.optimizers[0].state_dict()
+        write_last(folder.last, progress, self.identity, state, optimiser, method)
         if improved:
-            self.write_best(state)
-        self.folder.write_curves(self.progress.history)
-
-    def write_best(self, state: dict[str, torch.Tensor]) -> None:
-        """Write the checkpoint of the best epoch."""
-        self.io.save_checkpoint(
-            {"epoch": self.progress.best_epoch, "identity": self.identity, "state": state},
-            self.folder.best,
-        )
+            write_best(folder.best, progress.best_epoch, self.identity, state)
+        write_curves(folder.curves, progress.history, synthetic=self.synthetic)
 
 
-def check_identity(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
-    """Refuse a checkpoint of another base, method or data set.
-
-    Raises:
-        WaraError: kind "artefact".
-    """
-    names = {
-        "base_sha256": "the backbone's weights are",
-        "data_sha256": "the images, labels or splits are",
-        "classes": "the classes are",
-    }
-    for key, text in names.items():
-        if found.get(key) != wanted[key]:
-            raise WaraError(
-                "artefact", f"{text} not those of the checkpoint", where,
-                "put back what the run was started with, or start again with --overwrite",
-            )  # fmt: skip
-
-
-def load_best(module: FineTuning, folder: RunFolder, journal: Journal) -> None:
-    """Put the state of the best epoch into the model.
-
-    Raises:
-        WaraError: kind "artefact", when the file is damaged or not the best epoch's.
-    """
-    content = journal.io.load_checkpoint(folder.best)
-    check_identity(content.get("identity", {}), journal.identity, str(folder.best))
-    if content.get("epoch") != journal.progress.best_epoch:
-        raise WaraError(
-            "artefact", f"holds epoch {content.get('epoch')}, not the best epoch "
-            f"{journal.progress.best_epoch}", str(folder.best), "start again with --overwrite",
-        )  # fmt: skip
-    load_adapter_state(module.model, content["state"])
+def exhausted(progress: Progress, patience: int | None) -> bool:
+    """Whether patience has run out."""
+    return patience is not None and progress.stale >= patience

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wara.backbones import reachable
 from wara.cards import list_cards
 from wara.errors import WaraError
+from wara.net import reachable
+from wara.runs.progress import Row
 
-Row = dict[str, float | None]
 LOCAL = "local"
 
 

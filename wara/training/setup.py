@@ -1,7 +1,10 @@
-"""From a config to the things a run is made of: images, splits, model, loss, plan."""
+"""From a config to the facts of a run: images, splits, model, loss, device."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,54 +12,91 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wara.adapters import adapt, base_hash, count_parameters, method_from_options
-from wara.adapters.inject import record_of
-from wara.backbones import NANO, BackboneInfo, build_backbone
+from wara.adapters import adapt, adaptation_of, base_hash, count_parameters
+from wara.backbones import NANO, build_backbone
 from wara.config import RunConfig
 from wara.data import gate, sources
-from wara.data.datamodule import ImageDataModule
+from wara.data.balance import SplitTable
+from wara.data.imageset import ImageSet
 from wara.errors import WaraError
-from wara.images import ImageSpec
+from wara.runs.provenance import data_sha256
+from wara.runs.tables import SplitRow, split_cells
 from wara.training import losses
-from wara.training.plan import PHANTOM_BANNER, Plan, SplitTable, pick_device, pick_precision
-from wara.training.provenance import data_sha256
+from wara.training.recipe import Recipe
+from wara.vit import BackboneInfo
 
 PHANTOM_SIDE = 112  # pixels; what the shipped backbone reads, drawn in milliseconds
 
 
-@dataclass
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a run.
+
+    Args:
+        name: see `losses.loss_per_image`.
+        why: why it is that one.
+        weights: class weights `[c]`, where it takes them.
+        weighted: what the plan says about them.
+    """
+
+    name: str
+    why: str
+    weights: Tensor | None
+    weighted: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run trains, and in which arithmetic.
+
+    Args:
+        accelerator: `cpu | gpu`.
+        name: for people.
+        precision: Lightning's name of it.
+        arithmetic: for people.
+    """
+
+    accelerator: str
+    name: str
+    precision: str
+    arithmetic: str
+
+
+@dataclass(frozen=True)
 class Prepared:
     """All a run needs, checked.
 
     Args:
+        config: with nothing left to look up; the method as it trains.
         images: the data set.
         splits: `train | val | test` per image.
         rows: rows of `splits.csv`.
         data_hash: hash of `rows`.
-        model: adapted model, on the CPU.
-        info: the backbone.
-        base_hash: hash of the frozen weights.
-        loss: name of the loss.
-        weights: class weights, where the loss takes them.
-        accelerator: `cpu | gpu`.
-        precision: Lightning's name of the precision.
-        batch_size: images per step and process.
-        plan: what is printed.
+        table: images per split and class.
+        notes: what the data gate remarks.
+        model: adapted, on the CPU.
+        backbone: what it was built from.
+        base_hash: fingerprint of the frozen base.
+        counts: trained and frozen parameters.
+        budget: where one was set: as written, wanted and fitted number of adapter parameters.
+        loss: of the run.
+        device: of the run.
     """
 
-    images: sources.ImageSet
+    config: RunConfig
+    images: ImageSet
     splits: list[str]
-    rows: list[tuple[str, str, str | None, str, str]]
+    rows: list[SplitRow]
     data_hash: str
+    table: SplitTable
+    notes: list[str]
     model: nn.Module
-    info: BackboneInfo
+    backbone: BackboneInfo
     base_hash: str
-    loss: str
-    weights: Tensor | None
-    accelerator: str
-    precision: str
-    batch_size: int
-    plan: Plan
+    counts: dict[str, int]
+    budget: tuple[str | float, int, int] | None
+    loss: Loss
+    device: Device
 
     @property
     def task(self) -> str:
@@ -66,55 +106,73 @@ class Prepared:
     @property
     def classes(self) -> list[str]:
         """Class names."""
-        return list(self.images.card.class_names)
+        return self.images.card.class_names
 
     @property
-    def spec(self) -> ImageSpec:
-        """What the backbone wants its images to be."""
-        return image_spec(self.info)
+    def identity(self) -> dict[str, object]:
+        """What a resumed run must agree with its checkpoint on."""
+        return {
+            "base_sha256": self.base_hash,
+            "data_sha256": self.data_hash,
+            "classes": self.classes,
+            "synthetic": self.images.synthetic,
+        }
 
-    def data_module(self, config: RunConfig) -> ImageDataModule:
-        """A fresh data module over the splits."""
-        return ImageDataModule(
-            self.images,
-            self.splits,
-            spec=self.spec,
-            batch_size=self.batch_size,
-            workers=config.data.workers,
-            augment=config.data.augment,
+    def indices(self, split: str) -> list[int]:
+        """Record numbers of a split."""
+        return [i for i, name in enumerate(self.splits) if name == split]
+
+    def recipe(self) -> Recipe:
+        """Return all that decides training."""
+        config, augment = self.config, self.config.data.augment
+        return Recipe(
+            rates=config.rates,
+            loss=self.loss.name,
+            class_weights=self.loss.weights,
+            focal_gamma=config.focal_gamma,
+            label_smoothing=config.label_smoothing,
+            epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            batch_size=config.batch_size // config.devices,
+            accumulate=config.accumulate,
+            weight_decay=config.weight_decay,
+            clip_grad=config.clip_grad,
+            monitor=config.monitor,
+            patience=config.patience,
             seed=config.seed,
+            augment=self.images.card.augment if augment == "auto" else augment,
+            workers=config.data.workers,
+            precision=self.device.precision,
+            accelerator=self.device.accelerator,
+            devices=config.devices,
+            deterministic=config.deterministic,
+            compiled=config.compile,
         )
 
 
-def image_spec(info: BackboneInfo) -> ImageSpec:
-    """What a backbone wants its images to be."""
-    return ImageSpec(
-        size=info.img_size, mean=info.mean, std=info.std, interpolation=info.interpolation
-    )
-
-
-def prepare(config: RunConfig, *, out: Path, report_dir: Path | None) -> Prepared:
-    """Open the data, check it, build the model.
+def prepare(
+    config: RunConfig,
+    *,
+    report_dir: Path | None,
+    confirm: Callable[[RunConfig], None] = lambda config: None,
+) -> Prepared:
+    """Open the data, build the model, check every image.
 
     Args:
-        config: of the run, see `resolve`.
-        out: the run's folder, for the plan.
+        config: of the run.
         report_dir: where a long list of data faults is written, the only thing that is; None to
             write nothing.
+        confirm: called with the config as it will train, before all images are read; may raise.
 
     Raises:
         WaraError: any refusal that can be known before training.
     """
-    assert config.lr is not None, "the config is not resolved"
     if config.batch_size % config.devices:
         raise WaraError(
             "config", f"batch_size {config.batch_size} is no multiple of devices {config.devices}",
             "batch_size", "it counts the images of all devices together; choose a multiple",
         )  # fmt: skip
-    accelerator, device = pick_device(config.accelerator, config.devices)
-    precision, precision_text = pick_precision(config.amp, accelerator)
-
-    # Data come from the split's seed, so that runs with different seeds see the same images.
+    device = pick_device(config)
     images = sources.open_source(
         config.dataset,
         cache=config.data.cache,
@@ -127,66 +185,48 @@ def prepare(config: RunConfig, *, out: Path, report_dir: Path | None) -> Prepare
         config.loss, images.card.task, smoothing=config.label_smoothing, monitor=config.monitor
     )
     # The model comes before the pass over all images: a wrong option is told in a second.
-    model, info, method = _model(config, images)
+    model, backbone = _model(config, images)
+    adaptation = adaptation_of(model)
+    budget = None
+    if adaptation.budget is not None:
+        asked: Any = getattr(config.adapter, "budget", None)
+        budget = (asked, *adaptation.budget)
+    config = config.resolved(adaptation.method)
+    confirm(config)
+    images.survey(backbone.spec)
     splits = gate.assign_splits(
         images,
         val_fraction=config.data.val_fraction,
         test_fraction=config.data.test_fraction,
         seed=config.data.split_seed,
     )
-    notes = gate.check(images, splits, report_dir=report_dir, spec=image_spec(info))
-    card, banners = images.card, _banners(config, images, info)
+    notes = gate.check(images, splits, report_dir=report_dir)
     labels = [record.label for record in images.records]
     patients = [record.patient for record in images.records]
-    table = SplitTable.of(labels, patients, splits, card.class_names)
-    loss, why = losses.resolve_loss(config.loss, card.task, table.counts["train"])
-    weights, weighted = losses.loss_weights(
-        "auto" if config.loss == "auto" and loss == "bce" else loss,
-        card.task, table.counts["train"], table.images["train"],
-    )  # fmt: skip
+    table = SplitTable.of(labels, patients, splits, images.card.class_names)
     rows = [
-        (record.file, _label(record.label), record.patient, split, images.sha256(i))
+        SplitRow(record.file, record.label, record.patient, split, images.sha256(i) or "")
         for i, (record, split) in enumerate(zip(images.records, splits, strict=True))
     ]
-    plan = Plan(
-        dataset=f"{card.name}: {card.title} ({card.task}, {images.origin})",
-        banners=banners,
-        notes=tuple(note for note in notes if note not in banners),
-        table=table,
-        backbone=(
-            f"{info.name}, {info.img_size[0]} x {info.img_size[1]} px, grid {info.grid_size[0]} x "
-            f"{info.grid_size[1]}, weights: {info.weights_source}"
-        ),
-        method=method,
-        counts=count_parameters(model),
-        device=device + (f", {config.devices} processes" if config.devices > 1 else ""),
-        precision=precision_text,
-        loss=f"{loss}{weighted} ({why})",
-        schedule=(
-            f"{config.epochs} epochs, batch {config.batch_size}"
-            + (f" x {config.accumulate}" if config.accumulate > 1 else "")
-            + f", lr {config.lr:g}, cores {config.lr_core:g}, head {config.lr_head:g}"
-        ),
-        out=str(out),
-    )
     return Prepared(
+        config=config,
         images=images,
         splits=splits,
         rows=rows,
-        data_hash=data_sha256(rows),
+        data_hash=data_sha256(split_cells(rows)),
+        table=table,
+        notes=notes,
         model=model,
-        info=info,
+        backbone=backbone,
         base_hash=base_hash(model),
-        loss=loss,
-        weights=weights,
-        accelerator=accelerator,
-        precision=precision,
-        batch_size=config.batch_size // config.devices,
-        plan=plan,
+        counts=count_parameters(model),
+        budget=budget,
+        loss=_loss(config, images.card.task, table),
+        device=device,
     )
 
 
-def _model(config: RunConfig, images: sources.ImageSet) -> tuple[nn.Module, BackboneInfo, str]:
+def _model(config: RunConfig, images: ImageSet) -> tuple[nn.Module, BackboneInfo]:
     wanted = config.backbone
     name = wanted.name
     if images.substituted_for is not None and wanted.weights is None:
@@ -204,32 +244,74 @@ def _model(config: RunConfig, images: sources.ImageSet) -> tuple[nn.Module, Back
         offline=config.offline,
     )
     torch.manual_seed(config.seed)
-    method = method_from_options(config.adapter.method, config.adapter.options)
-    record = record_of(adapt(model, method))
-    options = ", ".join(f"{key}={value}" for key, value in _shown(record.method).items())
-    text = f"{config.adapter.method}" + (f" ({options})" if options else "")
-    if record.budget is not None:
-        wanted_size, size = record.budget
-        budget = config.adapter.options["budget"]
-        text += f"; budget {budget}: {wanted_size:,} parameters wanted, {size:,} got"
-    return model, info, text
+    return adapt(model, config.adapter), info
 
 
-def _shown(method: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(method).items() if value is not None}
+def _loss(config: RunConfig, task: str, table: SplitTable) -> Loss:
+    counts = table.counts["train"]
+    name, why = losses.resolve_loss(config.loss, task, counts)
+    asked = "auto" if config.loss == "auto" and name == "bce" else name
+    weights, weighted = losses.loss_weights(asked, task, counts, table.images["train"])
+    return Loss(name, why, weights, weighted)
 
 
-def _banners(config: RunConfig, images: sources.ImageSet, info: BackboneInfo) -> tuple[str, ...]:
-    banners = list(images.notes[:1]) if images.substituted_for is not None else []
-    if images.synthetic:
-        banners.append(PHANTOM_BANNER)
-    if info.name != config.backbone.name:
-        banners.append(
-            f"backbone '{config.backbone.name}' is replaced by '{info.name}', which is shipped "
-            "with the package (offline: phantom)."
-        )
-    return tuple(banners)
+def pick_device(config: RunConfig) -> Device:
+    """Choose where to train, and in which arithmetic.
+
+    On CPUs `amp: auto` takes bf16 only where the processor multiplies it natively (AVX-512 BF16 or
+    AMX): measured on one core, a training step of ViT-Tiny at 224 px takes 0.6 times as long there
+    as in float32; emulated it is slower than float32.
+
+    Raises:
+        WaraError: kind "resources", when there are fewer GPUs than asked for.
+    """
+    wanted, devices = config.accelerator, config.devices
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if available < devices and (wanted == "gpu" or (wanted == "auto" and available)):
+        raise WaraError(
+            "resources", f"{devices} GPU(s) asked for, {available} available", "devices",
+            "set accelerator=cpu, or lower devices",
+        )  # fmt: skip
+    on_gpu = wanted != "cpu" and available >= devices
+    threads = torch.get_num_threads()
+    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    if on_gpu:
+        name = torch.cuda.get_device_name(0)
+    if devices > 1:
+        name += f", {devices} processes"
+    return Device("gpu" if on_gpu else "cpu", name, *_precision(config.amp, on_gpu))
 
 
-def _label(label: int | tuple[int, ...]) -> str:
-    return str(label) if isinstance(label, int) else " ".join(map(str, label))
+def _precision(amp: str, on_gpu: bool) -> tuple[str, str]:
+    """Return Lightning's name of the precision, and what the plan says about it."""
+    if amp == "off":
+        return "32-true", "float32 (amp: off)"
+    if amp == "bf16":
+        return "bf16-mixed", "bfloat16 mixed (amp: bf16)"
+    if on_gpu:
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "bfloat16 mixed (the GPU has it)"
+        return "32-true", "float32 (the GPU has no bfloat16)"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return "bf16-mixed", "bfloat16 mixed (the CPU has it)"
+    return "32-true", "float32 (the CPU has no native bfloat16)"
+
+
+@contextlib.contextmanager
+def kernels(deterministic: bool) -> Iterator[None]:
+    """Deterministic kernels for the time of a run, and put back what was set before."""
+    debug: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = debug.fill_uninitialized_memory
+    if deterministic:
+        # What cuBLAS needs to be told before its first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        torch.use_deterministic_algorithms(deterministic)
+        # A debugging aid that costs a pass over every new tensor.
+        debug.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        debug.fill_uninitialized_memory = fill

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wara.adapters import parameter_groups
-from wara.adapters.inject import record_of
+from wara.adapters import adaptation_of, parameter_groups
 from wara.errors import WaraError
+from wara.evaluation.calibration import to_probs
 from wara.evaluation.metrics import point_metrics
 from wara.training.losses import loss_per_image
+from wara.training.recipe import Recipe
 
 Batch = dict[str, Tensor]
 _GRAD_REMEDY = "lower lr, lr_core or lr_head, set clip_grad or amp=off, and start again"
@@ -40,75 +40,37 @@ def step_seed(seed: int, batch: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, batch, rank)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def probabilities(logits: NDArray[np.float32], task: str) -> NDArray[np.float64]:
-    """Softmax over classes, or a sigmoid per class for a multilabel task; `[n, c]`, float64."""
-    values = torch.from_numpy(np.asarray(logits)).double()
-    probs = values.sigmoid() if task == "multilabel" else values.softmax(dim=-1)
-    return np.asarray(probs.numpy())
-
-
 class FineTuning(pl.LightningModule):
     """Trains the adapter and the head of `model`; everything random is counted, not carried.
 
     Args:
         model: an adapted timm model that maps images `[b, 3, h, w]` to logits `[b, c]`.
+        recipe: how.
         task: `binary | multiclass | multilabel | ordinal`.
         classes: names of the `c` classes.
-        loss: name of the loss, see `losses.loss_per_image`.
-        weights: class weights `[c]` of `weighted_ce`.
-        gamma: focusing exponent of `focal`.
-        smoothing: label smoothing.
-        lr, lr_core, lr_head: peak learning rates of adapter, cores and head.
-        weight_decay: of AdamW, on matrices; cores, biases and other vectors have none.
-        epochs: length of the schedule.
-        warmup_epochs: length of the warm-up.
-        clip_grad: largest gradient norm; None leaves gradients alone.
-        monitor: name of the validation metric that picks the best epoch.
-        seed: of the run.
         train_images: size of the training split; only needed by several processes.
-        batch_size: images per process and batch; likewise.
-        compiled: run the model through `torch.compile`.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        recipe: Recipe,
         *,
         task: str,
         classes: Sequence[str],
-        loss: str,
-        weights: Tensor | None = None,
-        gamma: float = 2.0,
-        smoothing: float = 0.0,
-        lr: float,
-        lr_core: float,
-        lr_head: float,
-        weight_decay: float,
-        epochs: int,
-        warmup_epochs: float = 0.0,
-        clip_grad: float | None = None,
-        monitor: str = "auc_macro",
-        seed: int = 0,
         train_images: int = 0,
-        batch_size: int = 0,
-        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
-        self.method = record_of(model).method
+        self.recipe = recipe
+        self.method = adaptation_of(model).method
         # Held in a tuple: the compiled wrapper shares the parameters of `model` and must not
         # register them a second time.
         self._run: tuple[Callable[[Tensor], Tensor]] = (
-            (torch.compile(model),) if compiled else (model,)
+            (torch.compile(model),) if recipe.compiled else (model,)
         )
         self.task, self.classes = task, list(classes)
-        self.loss, self.weights = loss, weights
-        self.gamma, self.smoothing = gamma, smoothing
-        self.lrs = {"adapter": lr, "core": lr_core, "head": lr_head}
-        self.weight_decay, self.clip_grad = weight_decay, clip_grad
-        self.epochs, self.warmup_epochs = epochs, warmup_epochs
-        self.monitor, self.seed = monitor, seed
-        self.train_images, self.batch_size = train_images, batch_size
+        self.train_images = train_images
         self.optimiser_step_count = 0
         self.resume_optimiser: dict[str, Any] | None = None
         self.stop_requested: Callable[[], int] = lambda: 0
@@ -136,13 +98,14 @@ class FineTuning(pl.LightningModule):
         for name, parameters in parameter_groups(self.model).items():
             matrices = [p for p in parameters if p.ndim > 1 and name != "core"]
             vectors = [p for p in parameters if p.ndim <= 1 or name == "core"]
-            for chosen, decay in ((matrices, self.weight_decay), (vectors, 0.0)):
+            for chosen, decay in ((matrices, self.recipe.weight_decay), (vectors, 0.0)):
                 if chosen:
+                    peak = self.recipe.rates[name]
                     groups.append(
                         {
                             "params": chosen,
-                            "lr": self.lrs[name],
-                            "peak": self.lrs[name],
+                            "lr": peak,
+                            "peak": peak,
                             "weight_decay": decay,
                             "name": name,
                         }
@@ -168,7 +131,7 @@ class FineTuning(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout and stochastic depth from (seed, batch number, rank)."""
         number = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        torch.manual_seed(step_seed(self.seed, number, self.global_rank))
+        torch.manual_seed(step_seed(self.recipe.seed, number, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the images of all processes, as this process's share of it."""
@@ -180,7 +143,8 @@ class FineTuning(pl.LightningModule):
             # The last batch is filled up so that all processes make the same steps; the repeated
             # images count nothing. DDP averages gradients over processes: weighting by the images
             # of each keeps the result equal to one process's, also in an uneven batch.
-            place = batch_idx * self.batch_size + torch.arange(len(losses), device=losses.device)
+            place = torch.arange(len(losses), device=losses.device)
+            place = place + batch_idx * self.recipe.batch_size
             real = (place * world + self.global_rank) < self.train_images
             local, count = (losses * real).sum(), real.sum().to(losses)
             total = count.clone()
@@ -207,14 +171,14 @@ class FineTuning(pl.LightningModule):
         per_epoch = self.steps_per_epoch()
         factor = schedule(
             self.optimiser_step_count,
-            total=self.epochs * per_epoch,
-            warmup=round(self.warmup_epochs * per_epoch),
+            total=self.recipe.epochs * per_epoch,
+            warmup=round(self.recipe.warmup_epochs * per_epoch),
         )
         parameters = []
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
             parameters += group["params"]
-        self.last_lr = self.lrs["adapter"] * factor
+        self.last_lr = self.recipe.main_rate * factor
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss = torch.stack(self._pending).sum()
@@ -240,14 +204,14 @@ class FineTuning(pl.LightningModule):
                 f"epoch {self.current_epoch + 1}, step {self.optimiser_step_count + 1}",
                 _GRAD_REMEDY,
             )
-        if self.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        if self.recipe.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_grad, norm)
         self.optimiser_step_count += 1
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the method act on the gradients of the step."""
         super().optimizer_step(*args, **kwargs)
-        total = self.epochs * self.steps_per_epoch()
+        total = self.recipe.epochs * self.steps_per_epoch()
         self.method.on_step(self.model, self.optimiser_step_count, total)
 
     def mean_train_loss(self) -> float | None:
@@ -304,13 +268,14 @@ class FineTuning(pl.LightningModule):
         self.val_loss = float(losses[once].astype(np.float64).mean())
         self.val_metrics = point_metrics(
             labels[once],
-            probabilities(logits[once], self.task),
+            to_probs(logits[once], task=self.task),
             task=self.task,
             classes=self.classes,
         )
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        recipe = self.recipe
         return loss_per_image(
-            logits, labels, loss=self.loss, weights=self.weights, gamma=self.gamma,
-            smoothing=self.smoothing,
+            logits, labels, loss=recipe.loss, weights=recipe.class_weights,
+            gamma=recipe.focal_gamma, smoothing=recipe.label_smoothing,
         )  # fmt: skip

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import socket
-import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from filelock import FileLock, Timeout
 
-from wara.errors import WaraError
-from wara.training import files
+from wara import storage
+from wara.errors import WaraError, storage_error
 
 _LOCK = ".lock"
-_held: set[Path] = set()
 
 # All that a run writes at the top of its folder; and of these, what it writes first or deletes
 # last, so that one of them is there whenever it was killed.
@@ -41,8 +35,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.created = False
-        self.synthetic = False
-        self._lock: IO[str] | None = None
+        self._lock: FileLock | None = None
 
     config = property(lambda self: self.path / "config.yaml")
     provenance = property(lambda self: self.path / "provenance.json")
@@ -73,16 +66,15 @@ class RunFolder:
             names = {entry.name for entry in self.path.iterdir()}
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return bool(names & _SIGNS) and all(n in _OWN or files.is_temp(n) for n in names)
+        return bool(names & _SIGNS) and all(n in _OWN or storage.is_temp(n) for n in names)
 
     @property
     def status(self) -> str:
         """`running`, `interrupted`, `failed` or `finished`, as the last writer left it."""
         try:
-            content = json.loads(self.provenance.read_text())
+            return str(storage.read_json(self.provenance).get("status", "unknown"))
         except (OSError, ValueError):
             return "unknown"
-        return str(content.get("status", "unknown")) if isinstance(content, dict) else "unknown"
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder this run must not write into; writes nothing itself.
@@ -103,10 +95,7 @@ class RunFolder:
             return
         holder = self.holder()
         if holder:
-            raise WaraError(
-                "busy", f"another run is writing here ({holder})", str(self.path),
-                "wait for it, stop it, or choose another folder with --out",
-            )  # fmt: skip
+            raise _busy(self.path, holder)
         names = {entry.name for entry in self.path.iterdir()}
         if resume and not names:
             raise self._nothing()
@@ -125,6 +114,18 @@ class RunFolder:
                 "start again, or --out for another folder",
             )  # fmt: skip
 
+    def check_writable(self) -> None:
+        """Refuse a folder that cannot be made, before minutes of checks on the data.
+
+        Raises:
+            WaraError: kind "storage".
+        """
+        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise WaraError(
+                "storage", "no permission to write", str(parent), "choose another --out"
+            )
+
     def _nothing(self) -> WaraError:
         return WaraError(
             "config", f"nothing to resume in {self.path}", "--resume",
@@ -133,64 +134,52 @@ class RunFolder:
 
     def holder(self) -> str:
         """Who holds the lock, as `pid N on HOST`; empty when nobody does."""
-        path = self.path / _LOCK
-        if path.resolve() in _held:
-            return f"pid {os.getpid()} on {socket.gethostname()}"
-        try:
-            with open(path, "r+") as handle:
-                return "" if _try_lock(handle) else _describe(handle)
-        except FileNotFoundError:
+        if not (self.path / _LOCK).exists():
             return ""
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return _describe(self.path / _LOCK)
         except OSError as error:
-            raise files.storage_error(error, path) from error
+            raise storage_error(error, self.path / _LOCK) from error
+        lock.release()
+        return ""
 
     def open(self, *, overwrite: bool = False) -> None:
         """Make the folder, take the lock, and clear it if `overwrite`.
 
-        The lock is the kernel's (POSIX, so it also goes over NFS): it is gone when its process
-        is, however that ended. The pid and host in the file only tell whom to wait for.
+        The lock is the kernel's: it is gone when its process is, however that ended. The pid and
+        host beside it only tell whom to wait for.
 
         Raises:
             WaraError: kind "busy" or "storage".
         """
-        lock = self.path / _LOCK
+        lock = FileLock(self.path / _LOCK)
         try:
             self.created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            if lock.resolve() in _held:
-                raise _busy(self.path, f"pid {os.getpid()}")
-            while True:
-                handle = open(lock, "a+")  # noqa: SIM115  (held until `close`)
-                if not _try_lock(handle):
-                    who = _describe(handle)
-                    handle.close()
-                    raise _busy(self.path, who)
-                # The previous holder deletes the file when done; if that happened between opening
-                # and locking, this is a lock on a file nobody else can see.
-                with contextlib.suppress(FileNotFoundError):
-                    if os.fstat(handle.fileno()).st_ino == lock.stat().st_ino:
-                        break
-                handle.close()
-            handle.truncate(0)
-            handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            handle.flush()
-            self._lock = handle
-            _held.add(lock.resolve())
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise _busy(self.path, _describe(self.path / _LOCK)) from None
+            self._lock = lock
+            holder = {"pid": os.getpid(), "host": socket.gethostname()}
+            (self.path / _LOCK).write_text(json.dumps(holder))
             if overwrite:
                 self._clear()
-            files.remove_temps(self.path)
+            storage.remove_temps(self.path)
         except OSError as error:
-            raise files.storage_error(error, self.path) from error
+            raise storage_error(error, self.path) from error
 
     def close(self) -> None:
         """Give the lock back."""
         if self._lock is None:
             return
-        files.remove_temps(self.path)
-        path = self.path / _LOCK
-        _held.discard(path.resolve())
-        path.unlink(missing_ok=True)
-        self._lock.close()
+        storage.remove_temps(self.path)
+        # While it is held: whoever waits for it then finds that this lock guards no name.
+        (self.path / _LOCK).unlink(missing_ok=True)
+        self._lock.release()
         self._lock = None
 
     def discard(self) -> None:
@@ -214,81 +203,12 @@ class RunFolder:
             else:
                 entry.unlink()
 
-    # -- tables -----------------------------------------------------------------------------
 
-    def write_splits(self, rows: Sequence[tuple[str, str, str | None, str, str]]) -> None:
-        """Write `splits.csv`; a row is file, label, patient, split, sha256."""
-        columns = ("file", "label", "patient", "split", "sha256")
-        files.write_csv(self.splits, *self._stamped(columns, rows))
-
-    def write_curves(self, history: Sequence[Mapping[str, float | None]]) -> None:
-        """Write `metrics.csv`, one row per epoch."""
-        columns = list(history[0]) if history else ["epoch"]
-        rows = [[row.get(name) for name in columns] for row in history]
-        files.write_csv(self.curves, *self._stamped(columns, rows))
-
-    def write_predictions(
-        self,
-        split: str,
-        *,
-        names: Sequence[str],
-        patients: Sequence[str | None],
-        labels: NDArray[Any],
-        predicted: NDArray[Any],
-        probs: NDArray[np.float64],
-        logits: NDArray[np.float32],
-        classes: Sequence[str],
-    ) -> None:
-        """Write `predictions_<split>.csv`: file, patient, label, pred, prob_*, logit_*.
-
-        Multilabel labels and predictions are written as 0/1 digits joined by spaces, in class
-        order. Numbers are written so that they read back as the same float.
-        """
-        columns = ["file", "patient", "label", "pred"]
-        columns += [f"prob_{name}" for name in classes] + [f"logit_{name}" for name in classes]
-        rows = [
-            [name, patient, label_text(label), label_text(pred)]
-            + [repr(float(value)) for value in prob]
-            + [repr(float(value)) for value in logit]
-            for name, patient, label, pred, prob, logit in zip(
-                names, patients, labels, predicted, probs, logits, strict=True
-            )
-        ]
-        files.write_csv(self.predictions(split), *self._stamped(columns, rows))
-
-    def _stamped(
-        self, columns: Sequence[str], rows: Sequence[Sequence[object]]
-    ) -> tuple[list[str], list[list[object]]]:
-        # `synthetic` comes last so that the contract's columns keep their places.
-        stamp = "true" if self.synthetic else "false"
-        return [*columns, "synthetic"], [[*row, stamp] for row in rows]
-
-
-def label_text(label: Any) -> str:
-    """A label as it stands in a table: its number, or its 0/1 digits joined by spaces."""
-    values = np.asarray(label)
-    return " ".join(str(int(v)) for v in values) if values.ndim else str(int(values))
-
-
-def utc_now() -> str:
-    """The time, UTC, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _try_lock(handle: IO[str]) -> bool:
+def _describe(path: Path) -> str:
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def _describe(handle: IO[str]) -> str:
-    handle.seek(0)
-    try:
-        content = json.loads(handle.read())
+        content = storage.read_json(path)
         return f"pid {content['pid']} on {content['host']}"
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return "another process"
 
 

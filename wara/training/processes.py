@@ -1,9 +1,8 @@
 """Several processes that train together: start them, pass signals on, bring errors back.
 
-The processes are fresh interpreters that call `child`, so this works the same
-from `train.py`, from `wara train` and from a caller's own program, whose main module is not
-imported again. Each of them then finds its rank in the environment, as Lightning expects from an
-external launcher.
+The processes are fresh interpreters, so this works the same from `train.py`, from `wara train` and
+from a caller's own program, whose main module is not imported again. Each of them finds its rank in
+the environment, as Lightning expects from an external launcher.
 """
 
 from __future__ import annotations
@@ -17,51 +16,42 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wara.config import RunConfig
+import wara
+from wara.data.imageset import processors
 from wara.errors import WaraError, WaraErrors
 from wara.training.signals import StopSignals
 
-_RANK = "WARA_RANK"
 _GRACE = 15.0  # seconds for the others to end once one process has failed
 
 
-def rank() -> int | None:
-    """Rank of this process when it was started here, else None."""
-    value = os.environ.get(_RANK)
-    return None if value is None else int(value)
+def launch(code: str, payload: dict[str, Any], count: int) -> None:
+    """Run Python code in `count` processes and wait for them.
 
-
-def launch(config: RunConfig, *, resume: bool, overwrite: bool, quiet: bool) -> None:
-    """Run the config in `config.devices` processes and wait for them.
+    Args:
+        code: what each interpreter runs; it calls `receive`.
+        payload: what `receive` returns there; plain values.
+        count: how many processes.
 
     Raises:
-        WaraError: what one of the processes refused.
+        WaraError: what one of the processes reported.
         Stopped: after SIGTERM or SIGINT, which the processes are given too.
         RuntimeError: when a process failed otherwise; its traceback is on stderr.
     """
-    payload = {
-        "config": json.loads(config.model_dump_json()),
-        "resume": resume,
-        "overwrite": overwrite,
-        "quiet": quiet,
-        "argv": sys.argv,
-    }
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="wara-") as folder, StopSignals() as stop:
         stop.graceful = True
-        payload["errors"] = folder
-        line = json.dumps(payload).encode() + b"\n"
         port = _free_port()
         try:
-            for number in range(config.devices):
+            for rank in range(count):
+                line = json.dumps(payload | {"rank": rank, "errors": folder}).encode() + b"\n"
                 child = subprocess.Popen(
-                    [sys.executable, "-c", "from wara.training.launch import child; child()"],
+                    [sys.executable, "-c", code],
                     stdin=subprocess.PIPE,
-                    env=_environment(number, config.devices, port),
+                    env=_environment(rank, count, port),
                     # Ctrl-C on a terminal reaches every process of the group; the children must
                     # get it once, from here, or it would count as the impatient second one.
                     start_new_session=True,
@@ -80,6 +70,21 @@ def launch(config: RunConfig, *, resume: bool, overwrite: bool, quiet: bool) -> 
                     child.stdin.close()
         stop.check()
         _raise_first(Path(folder), children)
+
+
+def receive() -> tuple[int, dict[str, Any]]:
+    """Return rank and payload in a process that `launch` started; it dies with its launcher."""
+    payload: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    return int(payload["rank"]), payload
+
+
+def report(rank: int, payload: dict[str, Any], errors: Sequence[WaraError]) -> None:
+    """Tell the launcher what a process refused."""
+    fields = [
+        {"kind": e.kind, "what": e.what, "where": e.where, "remedy": e.remedy} for e in errors
+    ]
+    Path(payload["errors"], f"error-{rank}.json").write_text(json.dumps(fields))
 
 
 def _wait(children: list[subprocess.Popen[bytes]], stop: StopSignals) -> None:
@@ -116,11 +121,10 @@ def _raise_first(folder: Path, children: list[subprocess.Popen[bytes]]) -> None:
 
 def _environment(number: int, processes: int, port: int) -> dict[str, str]:
     environment = dict(os.environ)
-    package = str(Path(__file__).resolve().parents[2])
+    package = str(Path(wara.__file__).resolve().parents[1])
     paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
     environment.update(
         {
-            _RANK: str(number),
             "LOCAL_RANK": str(number),
             "NODE_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
@@ -128,18 +132,11 @@ def _environment(number: int, processes: int, port: int) -> dict[str, str]:
             "PYTHONPATH": os.pathsep.join(paths),
         }
     )
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, processors() // processes)))
     if sys.platform == "linux":
         # Without it, gloo looks the host name up, which fails on machines that cannot resolve it.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _free_port() -> int:
@@ -152,49 +149,3 @@ def _follow_parent() -> None:
     # The launcher holds the other end open for as long as it lives, however it ends.
     sys.stdin.buffer.read()
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def main() -> int:
-    """Be one of the processes."""
-    payload: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    sys.argv = payload["argv"]
-    from wara.training.run import run
-
-    try:
-        run(
-            RunConfig.model_validate_json(json.dumps(payload["config"])),
-            resume=payload["resume"],
-            overwrite=payload["overwrite"],
-            quiet=payload["quiet"],
-        )
-    except WaraError as error:
-        parts = error.errors if isinstance(error, WaraErrors) else (error,)
-        fields = [
-            {"kind": e.kind, "what": e.what, "where": e.where, "remedy": e.remedy} for e in parts
-        ]
-        Path(payload["errors"], f"error-{rank()}.json").write_text(json.dumps(fields))
-        return error.exit_code
-    except Exception as error:
-        # A process that loses its peers fails too; only the first fault is worth showing.
-        if rank() == 0 or "Connection closed by peer" not in str(error):
-            traceback.print_exc()
-        return 1
-    return 0
-
-
-def child() -> None:
-    """Be one of the processes, and end with its exit code.
-
-    Interpreter shutdown is skipped: the watching thread still blocks on stdin, and a process group
-    whose peers are gone may hang in its destructor.
-    """
-    code = 1
-    try:
-        code = main()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)

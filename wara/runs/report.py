@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wara.vit import BackboneInfo
+
 Metrics = Mapping[str, Mapping[str, Any]]
 
 HEADLINE = ("auc_macro", "accuracy", "balanced_accuracy", "f1_macro", "qwk", "ece", "brier")
@@ -92,6 +94,23 @@ def markdown(
         parts += [f"### {text}", "", f"![{text}]({plots.name}/{name}.png)", ""]
     parts += ["", "## Use the adapter", "", "```python", usage, "```"]
     return "\n".join(parts)
+
+
+def usage(backbone: BackboneInfo, classes: int, weights: str | None) -> str:
+    """Return Python lines that load the adapter of a run and are ready to predict.
+
+    Args:
+        backbone: what was adapted.
+        classes: number of outputs.
+        weights: path of the backbone's weights, where the user gave one.
+    """
+    given = f", weights={weights!r}" if weights else ""
+    return (
+        "import wara\n\n"
+        f"model, info = wara.build_backbone({backbone.name!r}, num_classes={classes}, "
+        f"img_size={backbone.img_size}{given})\n"
+        'wara.load_adapter(model, "adapter").eval()'
+    )
 
 
 def _plain(text: str) -> str:

@@ -7,19 +7,17 @@ index). Workers, processes and an interrupted run change nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from wara.data.augment import Augment, build_augment, one_thread
-from wara.data.balance import class_counts
 from wara.data.imageset import ImageSet
+from wara.data.loader import load_batches
 from wara.data.splits import SPLITS
-from wara.images import ImageSpec, to_tensor
+from wara.images import ImageSpec
+from wara.training.augment import Augment, build_augment
 
 # Told apart so that the order of an epoch and its augmentations share no random numbers.
 _ORDER, _AUGMENT = 1, 2
@@ -79,44 +77,12 @@ class CountedSampler(DistributedSampler):
         return self.num_samples
 
 
-class _Images(Dataset):
-    """Maps (epoch, record number) to one item of a batch."""
-
-    def __init__(
-        self, image_set: ImageSet, spec: ImageSpec, augment: Augment | None, seed: int
-    ) -> None:
-        self.image_set, self.spec, self.augment, self.seed = image_set, spec, augment, seed
-        self.multilabel = image_set.card.task == "multilabel"
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        array = self.image_set.resized(index, self.spec.size, self.spec.interpolation)
-        if self.augment is not None:
-            array = self.augment(array, augment_seed(self.seed, epoch, index))
-        label = self.image_set.records[index].label
-        return {
-            "image": to_tensor(array, self.spec.mean, self.spec.std),
-            "label": torch.tensor(label, dtype=torch.float32 if self.multilabel else torch.int64),
-            "index": index,
-        }
-
-    def __len__(self) -> int:
-        return len(self.image_set)
-
-
-def _init_worker(_: int) -> None:
-    one_thread()
-
-
 class ImageDataModule(pl.LightningDataModule):
-    """Loaders of the three splits.
+    """Loaders of the three splits; a batch is one of `wara.data.loader.Images`.
 
-    A batch is `{"image": float32 [b, 3, h, w], "label": int64 [b] (float32 [b, c] for multilabel
-    tasks), "index": int64 [b]}`; `index` is the number of the record in `image_set.records`.
-
-    Only training images are shuffled and augmented. With several processes a validation or test
-    loader may repeat images of its front at its end; a repeated image has the same `index`, so
-    that gathered results are made unique by it.
+    Only training images are shuffled and augmented. With several processes a validation loader may
+    repeat images of its front at its end; a repeated image has the same `index`, so that gathered
+    results are made unique by it.
 
     Args:
         image_set: the data.
@@ -124,7 +90,7 @@ class ImageDataModule(pl.LightningDataModule):
         spec: what the network expects.
         batch_size: images per batch and process.
         workers: processes that load images; 0 loads in this one. Results do not depend on it.
-        augment: a key of `wara.data.augment.PRESETS`, or "auto" for the card's.
+        augment: a key of `wara.training.augment.PRESETS`.
         seed: seed of order and augmentation.
     """
 
@@ -136,22 +102,16 @@ class ImageDataModule(pl.LightningDataModule):
         spec: ImageSpec,
         batch_size: int,
         workers: int = 0,
-        augment: str = "auto",
+        augment: str = "off",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.image_set = image_set
-        self.spec, self.batch_size, self.workers, self.seed = spec, batch_size, workers, seed
-        self.preset = image_set.card.augment if augment == "auto" else augment
-        self.augment = build_augment(self.preset)
+        self.image_set, self.spec, self.seed = image_set, spec, seed
+        self.batch_size, self.workers = batch_size, workers
+        self.augment = CountedAugment(build_augment(augment), seed)
         self.indices = {split: np.flatnonzero([own == split for own in splits]) for split in SPLITS}
         self._epoch = 0
         self._sampler: CountedSampler | None = None
-
-    def class_counts(self, split: str) -> np.ndarray:
-        """Images per class in a split, int64 `[c]`."""
-        labels = self.image_set.labels[self.indices[split]]
-        return class_counts(labels, len(self.image_set.card.classes))
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass over the training images that of `epoch`.
@@ -171,16 +131,8 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(self._sampler, self.augment)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the validation images in order."""
-        return self.eval_dataloader("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Return the test images in order."""
-        return self.eval_dataloader("test")
-
-    def eval_dataloader(self, split: str) -> DataLoader:
-        """Return the images of any split in order, without augmentation."""
-        return self._loader(self._sampler_of(split, shuffle=False), None)
+        """Return the validation images in order, without augmentation."""
+        return self._loader(self._sampler_of("val", shuffle=False), None)
 
     def _sampler_of(self, split: str, *, shuffle: bool) -> CountedSampler:
         rank, world = 0, 1
@@ -190,20 +142,24 @@ class ImageDataModule(pl.LightningDataModule):
             self.indices[split].tolist(), seed=self.seed, shuffle=shuffle, rank=rank, world=world
         )
 
-    def _loader(self, sampler: CountedSampler, augment: Augment | None) -> DataLoader:
-        if self.workers:
-            # Before the workers exist, so that they share what is kept instead of each reading it.
-            self.image_set.fill(self.spec.size, self.spec.interpolation)
-        else:
-            self.image_set.keep(self.spec.size, self.spec.interpolation)
-        return DataLoader(
-            _Images(self.image_set, self.spec, augment, self.seed),
+    def _loader(self, sampler: CountedSampler, augment: CountedAugment | None) -> DataLoader:
+        return load_batches(
+            self.image_set,
+            sampler,
+            self.spec,
             batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_init_worker if self.workers else None,
-            # A loader draws a number for its workers; not from the generator of dropout.
-            generator=torch.Generator().manual_seed(self.seed),
+            workers=self.workers,
+            augment=augment,
+            seed=self.seed,
         )
+
+
+class CountedAugment:
+    """An augmentation whose result follows from (seed, epoch, record number)."""
+
+    def __init__(self, augment: Augment, seed: int) -> None:
+        self.augment, self.seed = augment, seed
+
+    def __call__(self, array: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        """Return the augmented image, uint8 `[h, w, 3]`."""
+        return self.augment(array, augment_seed(self.seed, epoch, index))

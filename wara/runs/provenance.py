@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -10,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,11 +20,49 @@ from typing import Any
 import torch
 
 import wara
+from wara.storage import read_json, write_json
 
 _PACKAGES = (
     "torch", "torchvision", "timm", "pytorch-lightning", "ptwt", "PyWavelets", "numpy",
     "scikit-learn", "albumentations", "medmnist", "safetensors", "Pillow", "pydicom", "wandb",
 )  # fmt: skip
+
+
+class Provenance:
+    """`provenance.json` of a run: what made it, and how it stands.
+
+    Args:
+        path: of the file.
+        facts: what does not change while the run goes on, see `collect`.
+        synthetic: whether the images were drawn.
+        resumed: whether an earlier process began the run.
+    """
+
+    def __init__(
+        self, path: Path, facts: dict[str, Any], *, synthetic: bool, resumed: bool
+    ) -> None:
+        started = [utc_now()]
+        if resumed:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                started = [*read_json(path)["started"], *started]
+        self.path = path
+        self.content = {
+            "synthetic": synthetic, "status": "running", "started": started, "ended": None, **facts
+        }  # fmt: skip
+
+    def write(self) -> None:
+        """Write the file, while the run goes on."""
+        write_json(self.path, self.content)
+
+    def end(self, status: str) -> None:
+        """Note how the run ended: `interrupted`, `failed` or `finished`."""
+        self.content |= {"status": status, "ended": utc_now()}
+        self.write()
+
+
+def utc_now() -> str:
+    """The time, UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def collect(
@@ -31,6 +71,7 @@ def collect(
     seed: int,
     data: dict[str, Any],
     backbone: dict[str, Any],
+    budget: dict[str, Any] | None,
     device: str,
     precision: str,
     processes: int,
@@ -41,6 +82,7 @@ def collect(
         "seed": seed,
         "data": data,
         "backbone": backbone,
+        "budget": budget,
         "versions": versions(),
         "commit": commit(),
         "machine": {
@@ -78,7 +120,7 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> dict[str, Any] | None:
     """Commit of the checkout this code runs from, and whether files differ; None when installed."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(wara.__file__).resolve().parents[1]
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
         return None

@@ -8,7 +8,6 @@ albumentations 2.0.8, left to itself, repeats itself across epochs with workers.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,10 +216,3 @@ def _compose(preset: Preset, square: bool) -> Any:
             )
         )
     return A.Compose(steps)
-
-
-def one_thread() -> None:
-    """Keep OpenCV to one thread in this process, when it is loaded; workers are many already."""
-    cv2 = sys.modules.get("cv2")
-    if cv2 is not None:
-        cv2.setNumThreads(0)

@@ -1,0 +1,241 @@
+"""What a trained model is worth, and the files that say it: tables, metrics, figures, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from wara.adapters import save_adapter, singular_values, subband_energy
+from wara.evaluation import plots
+from wara.evaluation.metrics import evaluate, metric_names
+from wara.evaluation.predict import Predictions, predict
+from wara.runs import report, tables
+from wara.runs.folder import RunFolder
+from wara.runs.progress import Progress
+from wara.storage import write_json, write_text
+from wara.vit import BackboneInfo
+
+_ENERGY_IMAGES = 32  # enough for a stable mean; the figure is about shares
+
+Scores = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run is about, as its files tell it.
+
+    Args:
+        dataset: name of the card in use.
+        synthetic: whether its images were drawn.
+        task: of the data set.
+        classes: names of the outputs, in order.
+        backbone: what was adapted.
+        method: name of the method.
+        seed: of the run and of the bootstrap.
+        counts: trained and frozen parameters, see `count_parameters`.
+        banners: what a reader must not miss.
+        plan: lines of the plan.
+        weights: path of the backbone's weights, where the user gave one.
+    """
+
+    dataset: str
+    synthetic: bool
+    task: str
+    classes: Sequence[str]
+    backbone: BackboneInfo
+    method: str
+    seed: int
+    counts: Mapping[str, int]
+    banners: Sequence[str]
+    plan: Sequence[str]
+    weights: str | None
+
+
+@dataclass(frozen=True)
+class Split:
+    """One evaluated split.
+
+    Args:
+        found: predictions.
+        files: name of each image.
+        patients: who each image shows; None where not known.
+        scores: metrics with intervals.
+    """
+
+    found: Predictions
+    files: list[str]
+    patients: list[str | None]
+    scores: Scores
+
+
+def evaluate_split(
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    records: Sequence[Any],
+    facts: Facts,
+    *,
+    name: str,
+    bootstrap: int,
+    pause: Callable[[], None] = lambda: None,
+) -> Split:
+    """Predict the images of a split and score them.
+
+    Args:
+        model: in the state to judge.
+        batches: of the split, see `wara.data.eval_batches`.
+        records: all of the data set, with `file` and `patient`.
+        facts: of the run.
+        name: `val` or `test`.
+        bootstrap: resamples behind the intervals.
+        pause: called before each batch; may raise, to stop.
+    """
+    count = len(facts.classes)
+    found = predict(model, batches, task=facts.task, classes=count, pause=pause)
+    files = [records[i].file for i in found.index]
+    patients = [records[i].patient for i in found.index]
+    if not files:
+        reason = f"there are no {name} images"
+        nothing = {"value": None, "low": None, "high": None, "n": 0, "reason": reason}
+        scores = {metric: dict(nothing) for metric in metric_names(facts.task, facts.classes)}
+        return Split(found, files, patients, scores)
+    scores = evaluate(
+        found.labels,
+        found.probs,
+        task=facts.task,
+        classes=facts.classes,
+        patients=None if set(patients) == {None} else patients,
+        bootstrap=bootstrap,
+        seed=facts.seed,
+    )
+    return Split(found, files, patients, scores)
+
+
+def write_results(
+    folder: RunFolder,
+    facts: Facts,
+    splits: Mapping[str, Split],
+    model: nn.Module,
+    images: Tensor,
+    progress: Progress,
+    *,
+    epochs: int,
+    bootstrap: int,
+    peak_memory_mb: float,
+) -> dict[str, Any]:
+    """Write everything that a finished run leaves, `metrics.json` last.
+
+    Args:
+        folder: of the run.
+        facts: what it is about.
+        splits: `val` and `test`, evaluated.
+        model: in the state of the best epoch, on its device.
+        images: `[b, 3, H, W]`, some of the split that figures show, on the model's device.
+        progress: how training went.
+        epochs: planned number of epochs.
+        bootstrap: resamples behind the intervals.
+        peak_memory_mb: most memory that training took.
+
+    Returns:
+        The content of `metrics.json`.
+    """
+    for name, split in splits.items():
+        tables.write_predictions(
+            folder.predictions(name),
+            split.found,
+            files=split.files,
+            patients=split.patients,
+            classes=facts.classes,
+            synthetic=facts.synthetic,
+        )
+    metrics = {
+        "synthetic": facts.synthetic,
+        "dataset": facts.dataset,
+        "backbone": facts.backbone.name,
+        "method": facts.method,
+        "seed": facts.seed,
+        "adapter_params": facts.counts["adapter"],
+        "head_params": facts.counts["head"],
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch,
+        "monitor": progress.monitor,
+        "seconds": round(progress.seconds, 3),
+        "peak_memory_mb": peak_memory_mb,
+        **{name: split.scores for name, split in splits.items()},
+    }
+    save_adapter(
+        model,
+        folder.adapter,
+        backbone=facts.backbone,
+        task=facts.task,
+        classes=facts.classes,
+        extra={
+            "synthetic": facts.synthetic,
+            "dataset": facts.dataset,
+            "best_epoch": progress.best_epoch,
+        },
+    )
+    shown = shown_split(splits)
+    _figures(folder, facts, splits[shown].found, model, images[:_ENERGY_IMAGES], progress)
+    clustered = any(p is not None for split in splits.values() for p in split.patients)
+    resampled = (
+        f"Values with 95 % intervals from {bootstrap} bootstrap resamples of "
+        f"{'patients' if clustered else 'images'}."
+        if bootstrap
+        else "Values without intervals (bootstrap: 0)."
+    )
+    text = report.markdown(
+        title=f"{facts.dataset}, {facts.method}, seed {facts.seed}",
+        banners=facts.banners,
+        plan=facts.plan,
+        outcome=[
+            f"{progress.epoch} of {epochs} epochs, {progress.step} steps, "
+            f"{progress.seconds:.0f} s, peak memory {peak_memory_mb:.0f} MB",
+            f"best epoch {progress.best_epoch} by {progress.monitor} on the validation images "
+            f"({progress.best_value:.4f}); everything below is that epoch's, in float32",
+        ],
+        val=splits["val"].scores,
+        test=splits["test"].scores,
+        plots=folder.plots,
+        shown="test" if shown == "test" else "validation",
+        resampled=resampled,
+        usage=report.usage(facts.backbone, len(facts.classes), facts.weights),
+    )
+    write_text(folder.report, text)
+    # Last: a folder with metrics.json holds everything else too.
+    write_json(folder.metrics, metrics)
+    return metrics
+
+
+def shown_split(splits: Mapping[str, Split]) -> str:
+    """Return the split whose figures are drawn: the test images, where there are any."""
+    return "test" if splits["test"].files else "val"
+
+
+def _figures(
+    folder: RunFolder,
+    facts: Facts,
+    found: Predictions,
+    model: nn.Module,
+    images: Tensor,
+    progress: Progress,
+) -> None:
+    where, classes, synthetic = folder.plots, facts.classes, facts.synthetic
+    labels, probs = found.labels, found.probs
+    plots.learning_curves(progress.history, where / "learning_curves.png", synthetic=synthetic)
+    plots.roc_curves(labels, probs, classes, where / "roc.png", synthetic=synthetic)
+    plots.pr_curves(labels, probs, classes, where / "pr.png", synthetic=synthetic)
+    plots.confusion(labels, found.predicted, classes, where / "confusion.png", synthetic=synthetic)
+    plots.reliability(labels, probs, where / "reliability.png", synthetic=synthetic)
+    energy = subband_energy(model, images)
+    if energy:
+        plots.subband_energy(energy, where / "subband_energy.png", synthetic=synthetic)
+    spectra = singular_values(model)
+    if spectra:
+        numbers = {
+            layer: {band: values.tolist() for band, values in bands.items()}
+            for layer, bands in spectra.items()
+        }
+        plots.singular_values(numbers, where / "singular_values.png", synthetic=synthetic)

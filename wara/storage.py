@@ -1,0 +1,219 @@
+"""Files that a reader finds whole or not at all, their hashes, and those that come with wara."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from wara.errors import WaraError, storage_error
+
+TEMP_SUFFIX = ".wara-tmp"
+
+
+def shipped(kind: Literal["configs", "datasets"]) -> Path:
+    """Return the folder of shipped configs or cards, in a checkout or in the installed package.
+
+    Raises:
+        WaraError: kind "storage" when the installation lacks the folder.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "_share" / kind, package.parent / kind):
+        if folder.is_dir():
+            return folder
+    raise WaraError(
+        "storage", f"the shipped {kind} are missing", str(package), "install wara again"
+    )
+
+
+def temp_name(path: Path) -> Path:
+    """Name of the temporary entry beside `path`; same folder, so the rename is atomic."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMP_SUFFIX}")
+
+
+def is_temp(name: str) -> bool:
+    """Whether a file name is one that `temp_name` makes."""
+    return name.startswith(".") and name.endswith(TEMP_SUFFIX)
+
+
+def remove_temps(folder: Path) -> None:
+    """Delete temporary entries that a killed process left in `folder` and below."""
+    for path in list(folder.rglob(f".*{TEMP_SUFFIX}")):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success it replaces `path`, on any failure it is removed.
+
+    Raises:
+        WaraError: kind "storage", when the file system refuses.
+    """
+    temp = temp_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temp
+        with open(temp, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temp, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder; on success it takes the place of `path`, in one step where it can.
+
+    Entries of the old folder that the new one lacks are kept. A kill leaves the old folder
+    or the new one under the name; only where the system cannot exchange two names (not Linux) there
+    is a moment with neither.
+
+    Raises:
+        WaraError: kind "storage", when the file system refuses.
+    """
+    temp = temp_name(path)
+    try:
+        _remove(temp)
+        temp.mkdir(parents=True)
+        yield temp
+        for file in temp.iterdir():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        if not path.exists():
+            os.rename(temp, path)
+        else:
+            for entry in path.iterdir():
+                if not (temp / entry.name).exists():
+                    copy = shutil.copytree if entry.is_dir() else shutil.copy2
+                    copy(entry, temp / entry.name)
+            _exchange(temp, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(temp)
+
+
+def _exchange(one: Path, two: Path) -> None:
+    """Give each of two entries the other's name."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0:
+            return
+    aside = one.with_name(f"{one.name.removesuffix(TEMP_SUFFIX)}.old{TEMP_SUFFIX}")
+    os.rename(two, aside)
+    os.rename(one, two)
+    os.rename(aside, one)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with replacing(path) as temp:
+        temp.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8 with a final newline."""
+    write_bytes(path, (text.rstrip("\n") + "\n").encode())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` atomically; NaN and infinity are refused, they are not JSON."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False))
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Read a JSON object from bytes that may be damaged or hostile.
+
+    Raises:
+        ValueError: when they are no UTF-8 JSON object, name a key twice, or nest too deep.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands twice")
+        return found
+
+    try:
+        content = json.loads(data.decode(), object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; `ValueError` when it is none, see `parse_json`."""
+    return parse_json(path.read_bytes())
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table to `path` atomically; `None` becomes an empty cell."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+    write_bytes(path, buffer.getvalue().encode())
+
+
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Read a table that `write_csv` wrote: its columns, and a dict per row.
+
+    Raises:
+        WaraError: kind "artefact" when it is missing or not such a table.
+    """
+    remedy = "give the folder of a finished run, as it was written"
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise WaraError("artefact", f"cannot read the table: {error}", str(path), remedy) from error
+    if any(None in row or None in row.values() for row in rows):
+        raise WaraError("artefact", "rows of different length", str(path), remedy)
+    return columns, rows
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def canonical_sha256(content: Any) -> str:
+    """Return the SHA-256 of plain values, whatever the order of keys and the spacing of a file."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

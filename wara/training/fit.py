@@ -1,0 +1,102 @@
+"""Training a model for as long as its recipe says; what comes of it is judged elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+
+from wara.adapters import load_adapter_state
+from wara.training.bar import ProgressBar
+from wara.training.batches import ImageDataModule
+from wara.training.console import silence_libraries
+from wara.training.journal import Journal, exhausted
+from wara.training.setup import Prepared
+from wara.training.task import FineTuning
+
+
+def fit(
+    run: Prepared, journal: Journal, last: dict[str, Any] | None, *, scratch: Path
+) -> nn.Module:
+    """Train the model of a prepared run until its recipe or its patience is done.
+
+    Args:
+        run: the run; validation images choose the best epoch, test images are not looked at.
+        journal: keeps what happens, and the state to go on from.
+        last: a checkpoint to go on from, see `checkpoint.read_last`.
+        scratch: a folder that Lightning may write to.
+
+    Returns:
+        The model as the last epoch left it.
+    """
+    silence_libraries()  # once more: Lightning sets its own level when it is imported
+    recipe, progress = run.recipe(), journal.progress
+    module = FineTuning(
+        run.model,
+        recipe,
+        task=run.task,
+        classes=run.classes,
+        train_images=run.table.images["train"],
+    )
+    if last is not None:
+        load_adapter_state(run.model, last["state"])
+        module.method.load_training_state(run.model, last["method"])
+        module.resume_optimiser = last["optimiser"]
+        module.optimiser_step_count = progress.step
+    if progress.epoch >= recipe.epochs or exhausted(progress, recipe.patience):
+        return run.model
+    module.stop_requested = lambda: journal.stop.requested
+    callbacks: list[pl.Callback] = [journal]
+    if journal.console.interactive:
+        callbacks.append(ProgressBar(journal.console, recipe.epochs))
+    strategy: Any = "auto"
+    if recipe.devices > 1:
+        strategy = DDPStrategy(
+            process_group_backend="nccl" if recipe.accelerator == "gpu" else "gloo",
+            # Buffers are constants here (a ViT has no batch norm), and validation batches may
+            # differ in number between processes.
+            broadcast_buffers=False,
+        )
+    trainer = pl.Trainer(
+        accelerator=recipe.accelerator,
+        devices=recipe.devices,
+        strategy=strategy,
+        plugins=[LightningEnvironment()],
+        precision=cast(Any, recipe.precision),
+        max_epochs=recipe.epochs,
+        accumulate_grad_batches=recipe.accumulate,
+        callbacks=callbacks,
+        deterministic=recipe.deterministic,
+        benchmark=False,
+        default_root_dir=str(scratch),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    done: Any = trainer.fit_loop.epoch_progress.current
+    done.ready = done.started = done.processed = done.completed = progress.epoch
+    data = ImageDataModule(
+        run.images,
+        run.splits,
+        spec=run.backbone.spec,
+        batch_size=recipe.batch_size,
+        workers=recipe.workers,
+        augment=recipe.augment,
+        seed=recipe.seed,
+    )
+    module.train()
+    if recipe.accelerator == "gpu":
+        torch.cuda.reset_peak_memory_stats()
+    trainer.fit(module, datamodule=data)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return run.model

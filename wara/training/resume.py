@@ -1,0 +1,68 @@
+"""Is this the run that lies in the folder? Asked before it is gone on with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wara.config import RunConfig, load_config
+from wara.errors import WaraError, WaraErrors
+from wara.runs.folder import RunFolder
+from wara.storage import read_json
+from wara.training.setup import Prepared
+
+# May differ between a run and its resumption: they change where and how fast, not what.
+_FREE = (
+    "out", "offline", "data.workers", "data.cache", "devices", "accelerator", "bootstrap",
+    "wandb", "wandb_project", "wandb_images", "tensorboard",
+)  # fmt: skip
+
+
+def check_config(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse a config that would train something else than the run in the folder.
+
+    Args:
+        folder: holds the config of the run to go on with.
+        config: of this call, resolved.
+
+    Raises:
+        WaraErrors: kind "config", a line per key.
+    """
+    earlier = load_config(folder.config).resolved().model_dump(mode="json")
+    keys = [key for key in differences(earlier, config.model_dump(mode="json")) if key not in _FREE]
+    if keys:
+        remedy = f"use the same config ({folder.config}), or another --out"
+        raise WaraErrors(
+            [WaraError("config", "differs from the run to resume", key, remedy) for key in keys]
+        )
+
+
+def check_finished(folder: RunFolder, run: Prepared) -> None:
+    """Refuse to take a finished run for this one when its data or base were others.
+
+    Raises:
+        WaraError: kind "artefact".
+    """
+    remedy = "put back what the run was made with, or start again with --overwrite"
+    try:
+        found = read_json(folder.provenance)
+        pairs = {
+            "the images, labels or splits are": (found["data"]["sha256"], run.data_hash),
+            "the backbone is": (found["backbone"]["frozen_sha256"], run.base_hash),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"the record of the finished run is damaged: {error!r}"
+        raise WaraError("artefact", what, str(folder.provenance), remedy) from error
+    for words, (old, new) in pairs.items():
+        if old != new:
+            what = f"the run is finished, but {words} not those of now"
+            raise WaraError("artefact", what, str(folder.path), remedy)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two nested dicts, as dotted key -> (old, new)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(old.keys() | new.keys()):
+            found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        return found
+    return {} if old == new else {prefix: (old, new)}

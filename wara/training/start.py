@@ -1,0 +1,86 @@
+"""Where a run starts: in this process, or in several that train together."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from wara.config import RunConfig
+from wara.errors import WaraError, WaraErrors
+from wara.runs.folder import RunFolder
+from wara.training import processes
+from wara.training.run import run_here
+
+
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Fine-tune a backbone as `config` says and evaluate it.
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in the run folder; a run that was stopped before
+            its first checkpoint starts again from the first epoch.
+        overwrite: delete an earlier run in the run folder first.
+        dry_run: make all checks, print the plan, write nothing.
+        quiet: print only what stands in for data or backbone, and the result.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        WaraError: every refusal; kind and exit code say which.
+        Stopped: after SIGTERM or SIGINT, with exit code 143 or 130.
+    """
+    if config.devices > 1 and not dry_run:
+        RunFolder(config.folder).check(resume=resume, overwrite=overwrite)
+        payload = {
+            "config": json.loads(config.model_dump_json()),
+            "flags": {"resume": resume, "overwrite": overwrite, "quiet": quiet},
+            "argv": sys.argv,
+        }
+        processes.launch("from wara.training.start import child; child()", payload, config.devices)
+        return config.folder
+    return run_here(config, resume=resume, overwrite=overwrite, dry_run=dry_run, quiet=quiet)
+
+
+def child() -> None:
+    """Be one of several processes, and end with its exit code.
+
+    Interpreter shutdown is skipped: the watching thread still blocks on stdin, and a process group
+    whose peers are gone may hang in its destructor.
+    """
+    code = 1
+    try:
+        code = _child()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _child() -> int:
+    rank, payload = processes.receive()
+    sys.argv = payload["argv"]
+    try:
+        config = RunConfig.model_validate_json(json.dumps(payload["config"]))
+        run_here(config, rank=rank, **payload["flags"])
+    except WaraError as error:
+        processes.report(rank, payload, error.errors if isinstance(error, WaraErrors) else [error])
+        return error.exit_code
+    except Exception as error:
+        # A process that loses its peers fails too; only the first fault is worth showing.
+        if rank == 0 or "Connection closed by peer" not in str(error):
+            traceback.print_exc()
+        return 1
+    return 0

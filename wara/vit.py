@@ -1,0 +1,108 @@
+"""What the toolkit asks of a timm ViT: its grid, its prefix tokens, its blocks, its classifiers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import nn
+
+from wara.errors import WaraError
+from wara.images import ImageSpec
+from wara.schema import Section, from_list
+
+Size = Annotated[tuple[int, int], from_list]
+Channels = Annotated[tuple[float, float, float], from_list]
+
+
+class BackboneInfo(Section):
+    """What a run must know and record about its backbone."""
+
+    name: str = Field(description="timm model name, or wara_nano.")
+    requested: str = Field(description="What was asked for, before a substitution offline.")
+    options: dict[str, Any] = Field(description="Arguments of its construction beside the head's.")
+    img_size: Size = Field(description="(H, W) of the input in pixels.")
+    grid_size: Size = Field(description="(h, w) of the patch tokens.")
+    num_prefix_tokens: int = Field(description="Class and register tokens p.")
+    embed_dim: int = Field(description="Width of a token.")
+    mean: Channels = Field(description="Per channel, of images in [0, 1].")
+    std: Channels = Field(description="Per channel, of images in [0, 1].")
+    interpolation: str = Field(description="How images are resized.")
+    weights_source: str = Field(description="Where the weights came from, for people.")
+    weights_sha256: str = Field(description="Hash of the weights file.")
+
+    @property
+    def spec(self) -> ImageSpec:
+        """What the network expects of its images."""
+        return ImageSpec(self.img_size, self.mean, self.std, self.interpolation)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers of `torch.compile` and of parallel training."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without the parts that compiled submodules add to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def token_layout(model: nn.Module) -> tuple[tuple[int, int], int]:
+    """Return the patch grid `(h, w)` and the number of prefix tokens of a timm ViT.
+
+    Args:
+        model: a timm model with `patch_embed.grid_size` and `num_prefix_tokens`.
+
+    Returns:
+        `((h, w), p)`.
+
+    Raises:
+        WaraError: kind `config` when the model has no fixed grid of tokens.
+    """
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if grid is None or prefix is None or len(tuple(grid)) != 2:
+        what = f"{type(model).__name__} has no token grid, which token-domain methods need"
+        remedy = "choose a timm ViT with patch_embed.grid_size, or a weight-domain method (lora)"
+        raise WaraError("config", what, "backbone.name", remedy)
+    return (int(grid[0]), int(grid[1])), int(prefix)
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Return the dotted paths of the transformer blocks, in order; empty without `blocks`."""
+    stack = getattr(model, "blocks", None)
+    # By name, for a slice of a larger stack keeps the numbers of its blocks.
+    return [] if stack is None else [f"blocks.{name}" for name, _ in stack.named_children()]
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """Return the heads of a timm model; distilled ones have two, other modules none."""
+    getter = getattr(model, "get_classifier", None)
+    if getter is None:
+        return []
+    found = getter()
+    return [m for m in (found if isinstance(found, tuple | list) else [found]) if m is not None]
+
+
+def classifier_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of the heads."""
+    own = {id(p) for module in classifiers(model) for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in own}
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that holds the parameter, buffer or child of that dotted name."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Return `(H, W)` for one number or two."""
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
