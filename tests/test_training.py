@@ -21,6 +21,7 @@ from timm.scheduler import CosineLRScheduler
 from training_helpers import CLASSES, make_images, spawn, tiny_config
 
 import wara
+from wara import cli
 from wara.adapters import METHODS, method_from_options
 from wara.adapters.baselines import PeftMethod
 from wara.backbones import build_backbone
@@ -161,6 +162,50 @@ def test_the_learning_rate_is_the_methods_unless_one_is_set(
     shown = {"adapter": "adapter", "core": "cores", "head": "head"}[group]
     assert f", lr: {shown} {own:g}" in capsys.readouterr().out
     assert config.model_copy(update={"lr": 0.0}).resolved().lr == 0.0
+
+
+def test_the_method_of_a_run_is_made_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line to the report one object is handed on."""
+    made: list[wara.WaRA] = []
+    original = wara.WaRA.__init__
+
+    def count(self: wara.WaRA, *args: Any, **options: Any) -> None:
+        made.append(self)
+        original(self, *args, **options)
+
+    (tmp_path / "run.yaml").write_text(dump_config(tiny_config(folder, epochs=1)))
+    monkeypatch.setattr(wara.WaRA, "__init__", count)
+    argv = ["train", "--cfg", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(argv) == 0
+    assert len(made) == 1
+
+
+def test_the_fitted_rank_is_what_is_written(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = {"method": "wara", "core": "scalar", "budget": "lora_r8"}
+    run(tiny_config(folder, out=str(tmp_path / "run"), epochs=1, adapter=adapter))
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["options"]
+    trained = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    ranks = {t.shape[-1] for name, t in trained.items() if name.endswith("adapter.up")}
+    written = load_config(tmp_path / "run/config.yaml").adapter
+    assert ranks == {8} == {saved["rank"], written.rank} and written.budget is None
+    assert "rank=8" in capsys.readouterr().out
+    asked = json.loads((tmp_path / "run/provenance.json").read_text())["budget"]
+    assert asked["asked"] == "lora_r8" and asked["got"] >= asked["wanted"]
+    # The command that began it goes on with it.
+    run(tiny_config(folder, out=str(tmp_path / "run"), epochs=1, adapter=adapter), resume=True)
+    assert "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if cls.knob])
+def test_a_size_beside_a_budget_is_refused(method: str) -> None:
+    for key in METHODS[method].knob:
+        with pytest.raises(WaraError, match=f"{key} and budget are both set"):
+            method_from_options(method, {key: 3, "budget": "lora_r4"})
+    assert method_from_options(method, {METHODS[method].knob[0]: None, "budget": "lora_r4"})
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -309,19 +309,24 @@ class Method(metaclass=_Refusing):
         return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
 
 
-def refuse_size_beside_budget(knob: Sequence[str], given: Any) -> Any:
-    """Raise the fault of a size that stands beside a budget, which would decide it too.
+def one_size(knob: Sequence[str], given: Any) -> Any:
+    """Refuse a size that stands beside a budget, which would decide it too.
 
     Args:
-        knob: options that the budget turns.
+        knob: options that the budget turns; null leaves one to its default, or to the budget.
         given: what a validator before validation gets: a mapping or arguments.
+
+    Returns:
+        The same, without options that are null.
     """
     named: Any = given.kwargs if isinstance(given, ArgsKwargs) else given
-    if isinstance(named, Mapping) and named.get("budget") is not None:
-        for key in knob:
-            if named.get(key) is not None:
-                raise fault(f"{key} and budget are both set", "set one of the two", "budget")
-    return given
+    if not isinstance(named, Mapping):
+        return given
+    kept = {key: v for key, v in named.items() if key not in knob or v is not None}
+    for key in knob:
+        if key in kept and kept.get("budget") is not None:
+            raise fault(f"{key} and budget are both set", "set one of the two", "budget")
+    return ArgsKwargs(given.args, kept) if isinstance(given, ArgsKwargs) else kept
 
 
 def require(condition: bool, what: str, key: str, remedy: str) -> None:

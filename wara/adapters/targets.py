@@ -19,8 +19,8 @@ from wara.adapters.base import (
     Method,
     Rows,
     is_skeleton,
+    one_size,
     options,
-    refuse_size_beside_budget,
 )
 from wara.errors import WaraError, suggest
 from wara.schema import fault, from_list
@@ -260,7 +260,7 @@ class TargetedMethod(Method):
     @model_validator(mode="before")
     @classmethod
     def _one_size(cls, given: Any) -> Any:
-        return refuse_size_beside_budget(cls.knob, given)
+        return one_size(cls.knob, given)
 
     def find(self, model: nn.Module) -> list[Target]:
         """Return the targets in `model`."""
