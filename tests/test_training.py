@@ -25,6 +25,7 @@ from wara import cli
 from wara.adapters import METHODS, method_from_options
 from wara.adapters.baselines import PeftMethod
 from wara.backbones import build_backbone
+from wara.cards import public_name
 from wara.config import RunConfig, dump_config, load_config
 from wara.data.balance import SplitTable
 from wara.errors import WaraError
@@ -37,7 +38,7 @@ from wara.runs.report import cell, result_table
 from wara.runs.results import evaluate_split
 from wara.training.checkpoint import load_checkpoint
 from wara.training.console import Console
-from wara.training.loggers import public_config, public_name
+from wara.training.loggers import public_config
 from wara.training.losses import check_options, loss_per_image, resolve_loss
 from wara.training.plan import table_lines
 from wara.training.recipe import Recipe

@@ -143,7 +143,7 @@ def _find_weights(name: str, weights: str | Path | None) -> tuple[Path | None, s
         if not path.is_file():
             remedy = "give the path of a .safetensors or .pth file"
             raise WaraError("data", "no such weights file", f"backbone.weights={path}", remedy)
-        return path, f"file {path.name}"
+        return path, "a local file"
     if name == NANO:
         return Path(str(importlib.resources.files("wara") / "weights" / f"{NANO}.safetensors")), (
             "shipped with the package"

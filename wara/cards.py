@@ -23,6 +23,10 @@ Augmentation = Literal[
 ]
 
 
+LOCAL = "local"
+"""What is told of a data set or a file that is the user's own."""
+
+
 class ClassInfo(Section):
     """One class: its name in tables and metrics, and its meaning to a clinician."""
 
@@ -155,6 +159,18 @@ class Card(Section):
 def list_cards() -> list[str]:
     """Return the names of the shipped cards, sorted."""
     return sorted(path.stem for path in shipped("datasets").glob("*.yaml"))
+
+
+def public_name(dataset: str, card: str | None = None) -> str:
+    """What may be told of a data set: the name of a shipped card, or `local`.
+
+    Args:
+        dataset: as in the config.
+        card: name of the card in use, such as that of the phantoms; None is `dataset` itself.
+    """
+    names = list_cards()
+    wanted = dataset if card is None else card
+    return wanted if dataset in names and wanted in names else LOCAL
 
 
 def load_card(name_or_path: str | Path) -> Card:

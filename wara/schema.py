@@ -158,7 +158,8 @@ Unknown = Callable[[Place], tuple[str, str]]
 
 def fields_of(model: Any) -> Mapping[str, FieldInfo]:
     """Return the fields of a pydantic model or dataclass; empty for anything else."""
-    found = getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", None)
+    kind = model if isinstance(model, type) else type(model)
+    found = getattr(kind, "__pydantic_fields__", None)
     return found if isinstance(found, Mapping) else {}
 
 

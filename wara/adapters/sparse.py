@@ -19,7 +19,7 @@ from wara.schema import NotZero, fault
 from wara.wavelets import WaveletName, check_matrix, synthesis_taps
 
 GAUSSIAN = 0.01
-"""Standard deviation of the gaussian start, that of the published code."""
+"""Standard deviation of the gaussian start; the paper gives none."""
 
 Shape = tuple[int, int]
 

@@ -250,6 +250,7 @@ class SubbandMethod(LowRankMethod):
 class WaRA(SubbandMethod):
     """WaRA (arXiv 2506.24092 v2): one low-rank pair for all subbands, one core per subband.
 
+    The cores are this project's reading, for only the abstract could be read; see docs/wara.md.
     With `core="identity"` WaRA equals LoRA on the patch tokens, exactly: the transform acts on
     tokens, `A` and `B` on channels, and the two commute.
     """
@@ -285,7 +286,10 @@ class WaRA(SubbandMethod):
 
 @options
 class TinyWaRA(SubbandMethod):
-    """Tiny-WaRA (arXiv 2506.24092 v2): a few coefficients in a fixed SVD basis of each weight."""
+    """Tiny-WaRA (arXiv 2506.24092 v2): a few coefficients in a fixed SVD basis of each weight.
+
+    How they act, through cores of random directions, is this project's reading; see docs/wara.md.
+    """
 
     name: ClassVar[str] = "tiny_wara"
     summary: ClassVar[str] = "WaRA with a fixed SVD basis; only a few coefficients train"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,21 +64,37 @@ def open_medmnist(card: Card, source: MedMNISTSource, cache: Path) -> ImageSet:
     )
 
 
+def _package() -> ModuleType:
+    """Return the module of the medmnist package that lists its files.
+
+    Alone, for the package as a whole imports scikit-learn, pandas and torchvision to say so.
+    """
+    name = "medmnist.info"
+    if name not in sys.modules:
+        package = importlib.util.find_spec("medmnist")
+        assert package is not None and package.origin is not None
+        place = Path(package.origin).with_name("info.py")
+        spec = importlib.util.spec_from_file_location(name, place)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
 def _suffix(source: MedMNISTSource) -> str:
     return "" if source.size == 28 else f"_{source.size}"
 
 
 def _info(source: MedMNISTSource) -> dict[str, Any]:
-    import medmnist  # seconds of import, and it makes ~/.medmnist
-
-    if source.flag not in medmnist.INFO:
+    known = _package().INFO
+    if source.flag not in known:
         raise WaraError(
             "config",
             f"no MedMNIST subset '{source.flag}'",
             "source.flag",
-            suggest(source.flag, medmnist.INFO),
+            suggest(source.flag, known),
         )
-    info = medmnist.INFO[source.flag]
+    info = known[source.flag]
     if f"url{_suffix(source)}" not in info:
         raise WaraError(
             "config",
@@ -87,9 +106,8 @@ def _info(source: MedMNISTSource) -> dict[str, Any]:
 
 
 def _find(name: str, cache: Path) -> Path | None:
-    from medmnist.info import DEFAULT_ROOT
-
-    folders = [cache / "medmnist", *([Path(DEFAULT_ROOT)] if DEFAULT_ROOT else [])]
+    root = _package().DEFAULT_ROOT
+    folders = [cache / "medmnist", *([Path(root)] if root else [])]
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 

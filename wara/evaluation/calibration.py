@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import expit, softmax
 
 from wara.errors import WaraError
@@ -136,6 +135,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
             no finite temperature is best (all images right with room to spare, or scores
             that carry no information about the labels).
     """
+    from scipy.optimize import brentq
+
     z, y = _finite_logits(logits), np.asarray(labels)
     if z.ndim != 2 or y.shape not in ((len(z),), z.shape) or not len(z):
         raise WaraError("usage", f"logits {z.shape} do not go with labels {y.shape}")

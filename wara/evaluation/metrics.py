@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import cohen_kappa_score, f1_score, roc_auc_score
 
 from wara.errors import WaraError, suggest
 from wara.evaluation import intervals
@@ -199,6 +198,9 @@ def _points(
     y: Ints, p: Floats, task: str, classes: Sequence[str]
 ) -> tuple[dict[str, float | None], dict[str, str], dict[str, int]]:
     """Return values, reasons of the undefined ones, and image counts that differ from n."""
+    # A second of import that nobody should wait for who only looks at a plan.
+    from sklearn.metrics import cohen_kappa_score, f1_score, roc_auc_score
+
     many, c = task == "multilabel", len(classes)
     positive = _as_columns(y, task, c)
     decision = decide(p, task=task)

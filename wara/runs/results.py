@@ -29,6 +29,7 @@ class Facts:
 
     Args:
         dataset: name of the card in use.
+        public: what may be told of it to strangers.
         synthetic: whether its images were drawn.
         task: of the data set.
         classes: names of the outputs, in order.
@@ -42,6 +43,7 @@ class Facts:
     """
 
     dataset: str
+    public: str
     synthetic: bool
     task: str
     classes: Sequence[str]
@@ -173,7 +175,7 @@ def write_results(
         classes=facts.classes,
         extra={
             "synthetic": facts.synthetic,
-            "dataset": facts.dataset,
+            "dataset": facts.public,
             "best_epoch": progress.best_epoch,
         },
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -14,24 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wara.cards import list_cards
+from wara.cards import LOCAL, public_name
 from wara.errors import WaraError
 from wara.net import reachable
 from wara.runs.progress import Row
-
-LOCAL = "local"
-
-
-def public_name(dataset: str, card: str | None = None) -> str:
-    """What may be told of a data set: the name of a shipped card, or `local`.
-
-    Args:
-        dataset: as in the config.
-        card: name of the card in use, such as that of the phantoms; None is `dataset` itself.
-    """
-    names = list_cards()
-    wanted = dataset if card is None else card
-    return wanted if dataset in names and wanted in names else LOCAL
 
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -153,13 +138,7 @@ class WandbSink:
             self._run.log(charts)
         artifact = self._wandb.Artifact(f"adapter-{self._run.id}", type="adapter")
         for path in sorted(adapter.iterdir()):
-            if path.suffix != ".json":
-                artifact.add_file(str(path))
-                continue
-            content = json.loads(path.read_text())
-            content["extra"] = content.get("extra", {}) | {"dataset": summary["dataset"]}
-            with artifact.new_file(path.name) as handle:
-                json.dump(content, handle, indent=2)
+            artifact.add_file(str(path))
         self._run.log_artifact(artifact)
 
     def images(self, pictures: Sequence[tuple[NDArray[np.uint8], str]]) -> None:

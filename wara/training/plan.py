@@ -50,7 +50,7 @@ def describe(run: Prepared) -> Plan:
             (
                 "backbone",
                 f"{backbone.name}, {height} x {width} px, grid {backbone.grid_size[0]} x "
-                f"{backbone.grid_size[1]}, weights: {backbone.weights_source}",
+                f"{backbone.grid_size[1]}, weights: {_weights(run)}",
             ),
             ("method", _method(config.adapter, run.budget)),
             ("trainable", _parameters(run.counts)),
@@ -62,6 +62,11 @@ def describe(run: Prepared) -> Plan:
             *(("note", note) for note in run.notes if note not in banners),
         ),
     )
+
+
+def _weights(run: Prepared) -> str:
+    path = run.config.backbone.weights
+    return f"file {path}" if path else run.backbone.weights_source
 
 
 def _banners(run: Prepared) -> tuple[str, ...]:

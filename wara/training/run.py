@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from wara.adapters import load_adapter_state
+from wara.cards import public_name
 from wara.config import RunConfig, dump_config
 from wara.data.loader import eval_batches
 from wara.errors import as_refusal
+from wara.evaluation.predict import Predictions
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress
 from wara.runs.provenance import Provenance, collect, peak_memory_mb
-from wara.runs.report import result_table
-from wara.runs.results import Facts, Split, evaluate_split, shown_split, write_results
 from wara.runs.tables import write_curves, write_splits
 from wara.storage import write_text
 from wara.training.checkpoint import read_best, read_last, write_best
 from wara.training.console import Console, silence_libraries
-from wara.training.loggers import Sinks, public_config, public_name
+from wara.training.loggers import Sinks, public_config
 from wara.training.plan import Plan, describe
 from wara.training.resume import check_config, check_finished
 from wara.training.setup import Prepared, kernels, prepare
@@ -152,11 +152,15 @@ class _Process:
 
     def _judge(self) -> None:
         """Evaluate the best epoch and write the results."""
+        from wara.runs.report import result_table
+        from wara.runs.results import Facts, Split, evaluate_split, shown_split, write_results
+
         run, folder, progress, config = self.run, self.folder, self.progress, self.run.config
         load_adapter_state(run.model, read_best(folder.best, progress.best_epoch, run.identity))
         model = run.model.to("cuda" if run.device.accelerator == "gpu" else "cpu")
         facts = Facts(
             dataset=run.images.card.name,
+            public=public_name(config.dataset, run.images.card.name),
             synthetic=run.images.synthetic,
             task=run.task,
             classes=run.classes,
@@ -188,7 +192,7 @@ class _Process:
             epochs=config.epochs, bootstrap=config.bootstrap,
             peak_memory_mb=peak_memory_mb(run.device.accelerator == "gpu"),
         )  # fmt: skip
-        self._close_sinks(metrics, splits["test"])
+        self._close_sinks(metrics, splits["test"].found)
         assert self.provenance is not None
         self.provenance.end("finished")
         table = result_table(splits["val"].scores, splits["test"].scores)
@@ -242,8 +246,8 @@ class _Process:
         for row in self.progress.history:
             self.sinks.epoch(int(row["epoch"] or 0), row)
 
-    def _close_sinks(self, metrics: dict[str, Any], test: Split) -> None:
-        config, found, images = self.run.config, test.found, []
+    def _close_sinks(self, metrics: dict[str, Any], found: Predictions) -> None:
+        config, images = self.run.config, []
         if config.wandb_images:
             shown = zip(found.index[:8], found.labels[:8], found.predicted[:8], strict=True)
             images = [
@@ -274,7 +278,7 @@ def _facts_of(run: Prepared) -> dict[str, Any]:
         backbone={
             "name": backbone.name,
             "requested": config.backbone.name,
-            "weights": backbone.weights_source,
+            "weights": config.backbone.weights or backbone.weights_source,
             "weights_sha256": backbone.weights_sha256,
             "frozen_sha256": run.base_hash,
         },
