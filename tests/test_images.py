@@ -26,7 +26,7 @@ from pydicom.uid import (
 
 from wara import images
 from wara.errors import WaraError
-from wara.images import ImageSpec, load_tensor, read_image, resize, to_tensor
+from wara.images import Depth, ImageSpec, common_bits, load_tensor, read_image, resize, to_tensor
 
 
 def encode(image: Image.Image, fmt: str, **options) -> bytes:
@@ -82,7 +82,7 @@ def test_grey_becomes_three_equal_channels():
 def test_deep_grey_uses_the_real_bit_range(fmt, bits):
     grey = ramp(bits)
     expected = np.array([int(v * 255 / (2**bits - 1) + 0.5) for v in grey.ravel().tolist()])
-    array = read_image(encode(Image.fromarray(grey), fmt))
+    array = read_image(encode(Image.fromarray(grey), fmt), bits)
     np.testing.assert_array_equal(array[..., 0].ravel(), expected)
     # The trap: Pillow's own conversion clips everything above 255 to white.
     if bits > 8:
@@ -96,20 +96,43 @@ def test_deep_grey_follows_the_declared_bits():
     chunk = struct.pack(">I", 1) + body + struct.pack(">I", zlib.crc32(body))
     data = data[:33] + chunk + data[33:]  # right behind the header chunk
     assert read_image(data).max() == round(1023 / 4095 * 255)
+    assert read_image(data, 10).max() == 255  # what was decided for the whole set goes before
+
+
+def test_the_brightest_pixel_of_one_file_changes_no_other_grey():
+    plain = ramp(10)
+    hot = plain.copy()
+    hot[3, 5] = 1030
+    for bits in (11, 12):
+        one, two = (read_image(encode(Image.fromarray(g), "PNG"), bits) for g in (plain, hot))
+        assert (one != two).any(-1).sum() <= 1
+    refused_bits = encode(Image.fromarray(hot), "PNG")
+    with pytest.raises(WaraError, match="a grey of 1030, where the data set has 10 bits"):
+        read_image(refused_bits, 10)
+
+
+def test_bits_of_a_set():
+    assert common_bits([]) is None
+    assert common_bits([Depth(200, None)]) == 8
+    assert common_bits([Depth(200, None), Depth(1024, None)]) == 12
+    assert common_bits([Depth(200, 12), Depth(1000, 12)]) == 12
+    assert common_bits([Depth(200, 12), Depth(5000, 12)]) == 14  # stated wrongly
+    assert common_bits([Depth(200, 12), Depth(900, None)]) == 12
+    assert common_bits([Depth(65535, None)]) == 16
 
 
 def test_big_endian_tiff_of_16_bits():
     grey = ramp(16).astype(">u2")
     data = _tiff(grey.tobytes(), width=40, height=30, bits=16, photometric=1, endian=">")
     expected = (grey.astype(int) * 255 / 65535 + 0.5).astype(int)
-    np.testing.assert_array_equal(read_image(data)[..., 0], expected)
+    np.testing.assert_array_equal(read_image(data, 16)[..., 0], expected)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_tiff_whose_zero_is_white_is_inverted(bits):
     grey = ramp(bits, f"<u{bits // 8}")
     data = _tiff(grey.tobytes(), width=40, height=30, bits=bits, photometric=0, endian="<")
-    array = read_image(data)[..., 0]
+    array = read_image(data, 16)[..., 0]
     assert array[0, 0] == 255 and array[-1, -1] == 0
 
 
@@ -347,16 +370,31 @@ def test_monochrome1_is_the_inverse_of_monochrome2():
     np.testing.assert_array_equal(plain.astype(int) + inverse, 255)
 
 
-def test_dicom_without_window_uses_the_range_present_but_padding():
+def test_dicom_without_window_uses_the_range_of_the_stored_bits():
+    grey = ramp(10) + 300
+    array = read_image(dicom(grey, BitsStored=12))
+    expected = (grey.astype(float) / 4095 * 255 + 0.5).astype(int)
+    np.testing.assert_array_equal(array[..., 0], expected)
+    # A rescale changes units, not greys; a window is not asked for.
+    rescaled = dicom(grey, BitsStored=12, RescaleSlope="2", RescaleIntercept="-1024")
+    np.testing.assert_array_equal(read_image(rescaled), array)
+    windowed = dicom(grey, BitsStored=12, WindowCenter="500", WindowWidth="100")
+    np.testing.assert_array_equal(read_image(windowed, greys="stored"), array)
+    signed = (grey.astype("int16") - 2048).astype("int16")
+    np.testing.assert_array_equal(read_image(dicom(signed, BitsStored=12)), array)
+
+
+def test_dicom_range_stretches_each_image_but_its_padding():
     grey = ramp(10) + 300
     grey[:3] = 4095  # outside the detector
-    array = read_image(dicom(grey, BitsStored=12, PixelPaddingValue=4095))
+    array = read_image(dicom(grey, BitsStored=12, PixelPaddingValue=4095), greys="range")
     seen = grey[3:]
     expected = ((seen.astype(float) - seen.min()) / np.ptp(seen) * 255 + 0.5).astype(int)
     np.testing.assert_array_equal(array[3:, :, 0], expected)
     assert array[:3].max() == 0
     inverse = read_image(
-        dicom(grey, BitsStored=12, PixelPaddingValue=4095, PhotometricInterpretation="MONOCHROME1")
+        dicom(grey, BitsStored=12, PixelPaddingValue=4095, PhotometricInterpretation="MONOCHROME1"),
+        greys="range",
     )
     assert inverse[:3].max() == 0  # padding stays black
 
@@ -376,12 +414,13 @@ def test_dicom_voi_lut_wins_over_the_window():
 def test_dicom_modality_lut():
     grey = ramp(8, "uint8")
     item = Dataset()
-    item.LUTDescriptor = [256, 0, 16]
+    item.LUTDescriptor = [256, 0, 10]
     item.ModalityLUTType = "US"
     item.LUTData = [(255 - i) * 4 for i in range(256)]
     item["LUTData"].VR = "US"
     array = read_image(dicom(grey, ModalityLUTSequence=[item]))
-    np.testing.assert_array_equal(array[..., 0], 255 - grey)
+    expected = ((255 - grey.astype(float)) * 4 / 1023 * 255 + 0.5).astype(int)
+    np.testing.assert_array_equal(array[..., 0], expected)
 
 
 def test_dicom_colours():
@@ -437,7 +476,7 @@ def test_dicom_refusals():
     refused(dicom(grey)[:-500], "")  # cut inside the pixels
     refused(dicom(grey)[:300], "")  # cut inside the header
     refused(dicom(grey, Rows=60000, Columns=60000), "60000 x 60000")
-    refused(dicom(grey, WindowCenter="10", WindowWidth="0"), "window")
+    refused(dicom(grey, WindowCenter="10", WindowWidth="0"), "WindowWidth is 0")
     report = pydicom.dcmread(io.BytesIO(dicom(grey)))
     del report.PixelData, report.Rows
     stream = io.BytesIO()
@@ -464,7 +503,7 @@ def test_patients_are_never_named(recwarn):
         ramp(8, "uint8"), PatientName="Doe^Jane", PatientID="4711" * 15,
         PatientBirthDate="19700101", WindowCenter="10", WindowWidth="0",
     ).replace(b"19700101", b"1970xx01")  # fmt: skip
-    error = refused(data, "window")
+    error = refused(data, "WindowWidth")
     told = str(error) + repr(error.__cause__) + "".join(str(w.message) for w in recwarn)
     assert all(word not in told for word in ("Doe", "4711", "1970"))
 

@@ -18,6 +18,8 @@ from wara.storage import shipped
 
 Modality = Literal["fundus", "dermoscopy", "ultrasound", "mammography", "chest_xray"]
 Task = Literal["binary", "multiclass", "multilabel", "ordinal"]
+Bits = Literal[8, 10, 12, 14, 16]
+Greys = Literal["window", "stored", "range"]
 Augmentation = Literal[
     "off", "general", "fundus", "dermoscopy", "ultrasound", "mammography", "chest_xray"
 ]
@@ -111,6 +113,13 @@ class Card(Section):
     known_leakage: str = Field("", description="Known overlap between splits and other traps.")
     phantom: str | None = Field(
         None, description="Phantom card that stands in when the images cannot be had."
+    )
+    bits: Bits | None = Field(
+        None,
+        description="Bits of the greys in 16-bit PNG and TIFF files; null: found over the set.",
+    )
+    greys: Greys = Field(
+        "window", description="DICOM greys: window (else stored), stored, or range per image."
     )
     augment: Augmentation = Field("general", description="Augmentation of training images.")
 

@@ -1,36 +1,32 @@
-"""The one image path: a file or its bytes -> uint8 `[H, W, 3]` -> resized -> normalised tensor.
+"""The one image path: a file or its bytes -> uint8 `[H, W, 3]` -> resized -> normalised array.
 
 Training, validation, test and prediction all read through here, so that a model is served the
 pixels it was trained on. Whatever cannot be shown to be right is refused with a `WaraError` of
 kind "data"; nothing is filled in, cut short or guessed at silently.
 
-What the greys of a deep image mean:
-
-* 16-bit PNG and TIFF: black is 0 and white is the top of the bit range that the file really uses.
-  The range is the one declared (`sBIT` in PNG), else the smallest of 8, 10, 12, 14, 16 bits that
-  holds the brightest pixel, because 12-bit detectors write into 16-bit files.
-* DICOM: modality rescale, then the stored VOI LUT, else the first stored window, else the whole
-  stored range up to 8 bits, else (deep and no window) the range present in the image, padding
-  left out. MONOCHROME1 is inverted last, so that bone is bright everywhere.
+What a file cannot say of itself is decided once for a data set, never file by file, and travels in
+`ImageSpec`: how many bits the greys of a 16-bit file really have (12-bit detectors write into
+16-bit files), and how DICOM greys are shown. docs/images.md lists what each kind of file gives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-import math
 import struct
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from wara.dicom import DicomPicture, is_dicom, scale
 from wara.errors import WaraError, suggest
 
 if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
     from torch import Tensor
 
 # A full-field mammogram has 24 million pixels; a file whose header claims more than this is a
@@ -40,6 +36,8 @@ BYTE_CAP = 1 << 30
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits that the greys of a detector may have."""
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -48,40 +46,18 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _CONVERT = "convert it to PNG, JPEG, TIFF or DICOM"
+_BITS = "declare bits in the card or data.bits (12 for most detectors), or convert it to 8 bits"
+_COPY = "copy it again from its origin"
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _TIFF_PHOTOMETRIC = 262
-# The DICOM elements that pixels depend on. Nothing else is parsed, so that neither a warning nor an
-# error can carry a patient's name into a log.
-_DICOM_ELEMENTS = [
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "PlanarConfiguration",
-    "NumberOfFrames",
-    "Rows",
-    "Columns",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "ModalityLUTSequence",
-    "WindowCenter",
-    "WindowWidth",
-    "VOILUTFunction",
-    "VOILUTSequence",
-    *(
-        f"{segmented}{colour}PaletteColorLookupTable{part}"
-        for colour in ("Red", "Green", "Blue")
-        for segmented, part in (("", "Descriptor"), ("", "Data"), ("Segmented", "Data"))
-    ),
-    "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths",
-    "PixelData",
-]
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Pillow takes the high byte of each 16-bit colour. Read with the other byte order it takes the low
+# one, so that both together are the number that the file holds.
+_OTHER_BYTE = {
+    f"{mode};16{order}": f"{mode};16{other}"
+    for mode in ("RGB", "RGBA", "RGBX")
+    for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))
+}
 
 
 @dataclass(frozen=True)
@@ -93,17 +69,79 @@ class ImageSpec:
         mean: mean per channel, for values in 0..1.
         std: standard deviation per channel, for values in 0..1.
         interpolation: nearest, bilinear, bicubic or lanczos.
+        bits: what the greys and colours of 16-bit PNG and TIFF files have; none where that was
+            never decided, and then only a file that states it itself can be read.
+        greys: one of `wara.dicom.GREYS`.
     """
 
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
+    bits: int | None = None
+    greys: str = "window"
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What a 16-bit file says of its depth.
+
+    Args:
+        brightest: the largest number in it.
+        declared: significant bits that it states itself (`sBIT` of PNG).
+    """
+
+    brightest: int
+    declared: int | None
+
+
+class Picture:
+    """A decoded file, shown when it is known how.
+
+    Args:
+        pixels: uint8 `[H, W, 3]`, or numbers of more bits, `[H, W]` or `[H, W, 3]`.
+        where: its name, for refusals.
+        declared: significant bits that the file states.
+        inverted: whether 0 is white.
+    """
+
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        where: str,
+        declared: int | None = None,
+        inverted: bool = False,
+    ) -> None:
+        self.pixels, self.where = pixels, where
+        self.declared, self.inverted = declared, inverted
+
+    @property
+    def depth(self) -> Depth | None:
+        """What it says of its depth; None for 8 bits."""
+        if self.pixels.dtype == np.uint8:
+            return None
+        return Depth(int(self.pixels.max()), self.declared)
+
+    def rgb(self, bits: int | None) -> np.ndarray:
+        """Return the picture, uint8 `[H, W, 3]`, with `bits` from black to white."""
+        if self.depth is None:
+            return self.pixels
+        bits = bits or self.declared
+        if bits is None:
+            what = "a 16-bit file, and nothing says how many of these bits its greys use"
+            raise WaraError("data", what, self.where, _BITS)
+        if self.depth.brightest >= 1 << bits:
+            what = f"a grey of {self.depth.brightest}, where the data set has {bits} bits"
+            raise WaraError("data", what, self.where, "declare more bits in the card (bits: 16)")
+        shown = scale(self.pixels.astype(np.float64), 0, (1 << bits) - 1)
+        if shown.ndim == 2:
+            shown = np.repeat(shown[:, :, None], 3, axis=2)
+        return 255 - shown if self.inverted else shown
 
 
 def load_array(source: str | Path | bytes, spec: ImageSpec) -> np.ndarray:
-    """Return one image as `spec` sizes it, uint8 `[h, w, 3]`; raises as `read_image`."""
-    return resize(read_image(source), spec.size, spec.interpolation)
+    """Return one image as `spec` wants it, uint8 `[h, w, 3]`; raises as `read_image`."""
+    return Opened(source).array(spec)
 
 
 def load_tensor(source: str | Path | bytes, spec: ImageSpec) -> Tensor:
@@ -118,13 +156,17 @@ def load_tensor(source: str | Path | bytes, spec: ImageSpec) -> Tensor:
     return to_tensor(load_array(source, spec), spec)
 
 
-def read_image(source: str | Path | bytes) -> np.ndarray:
+def read_image(
+    source: str | Path | bytes, bits: int | None = None, greys: str = "window"
+) -> np.ndarray:
     """Decode a PNG, JPEG, TIFF or DICOM image; the content decides, not the name.
 
     EXIF orientation is applied once. Transparent pixels become black.
 
     Args:
         source: a path, or the bytes of a file.
+        bits: see `ImageSpec`.
+        greys: see `ImageSpec`.
 
     Returns:
         uint8 `[H, W, 3]`.
@@ -133,15 +175,72 @@ def read_image(source: str | Path | bytes) -> np.ndarray:
         WaraError: kind "data" when the file is missing, truncated, of another format, larger than
             `PIXEL_CAP`, has several frames, or holds greys of unknown meaning.
     """
-    if isinstance(source, bytes):
-        data, where = source, "<bytes>"
-    else:
-        data, where = read_bytes(source), str(source)
-    if not data:
-        raise WaraError("data", "empty file", where, "copy it again from its origin")
-    if data[128:132] == b"DICM":
-        return _read_dicom(data, where)
-    return _read_pillow(data, where)
+    return Opened(source).rgb(bits, greys)
+
+
+class Opened:
+    """A file that has been decoded once, whatever is asked of it then.
+
+    Args:
+        source: a path, or the bytes of a file.
+        where: its name for refusals, when `source` is bytes.
+
+    Raises:
+        WaraError: kind "data", see `read_image`.
+    """
+
+    def __init__(self, source: str | Path | bytes, where: str = "<bytes>") -> None:
+        data, self.where = source, where
+        if not isinstance(data, bytes):
+            data, self.where = read_bytes(data), str(source)
+        if not data:
+            raise WaraError("data", "empty file", self.where, _COPY)
+        self.picture: Picture | DicomPicture
+        with _one_refusal(self.where, "DICOM" if is_dicom(data) else "image"):
+            if is_dicom(data):
+                self.picture = DicomPicture(data, self.where, _check_size)
+            else:
+                self.picture = _decode_pillow(data, self.where)
+
+    @property
+    def depth(self) -> Depth | None:
+        """What a 16-bit PNG or TIFF file says of its depth; None for all others."""
+        return None if isinstance(self.picture, DicomPicture) else self.picture.depth
+
+    @property
+    def windowed(self) -> bool | None:
+        """Whether a grey DICOM object says how its greys are shown; None for all others."""
+        dicom = isinstance(self.picture, DicomPicture) and self.picture.grey
+        return self.picture.windowed if dicom else None  # type: ignore[union-attr]
+
+    def rgb(self, bits: int | None = None, greys: str = "window") -> np.ndarray:
+        """Return the picture, uint8 `[H, W, 3]`; see `read_image`."""
+        if isinstance(self.picture, Picture):
+            return self.picture.rgb(bits)
+        with _one_refusal(self.where, "DICOM"):
+            return self.picture.rgb(greys)
+
+    def array(self, spec: ImageSpec) -> np.ndarray:
+        """Return the picture as `spec` wants it, uint8 `[h, w, 3]`."""
+        return resize(self.rgb(spec.bits, spec.greys), spec.size, spec.interpolation)
+
+
+@contextlib.contextmanager
+def _one_refusal(where: str, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (WaraError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        what = "not a readable PNG, JPEG, TIFF or DICOM"
+        raise WaraError("data", what, where, _CONVERT) from error
+    except Image.DecompressionBombError as error:
+        raise WaraError("data", str(error), where, "export the image at a smaller size") from error
+    # Pillow, pydicom and their decoders report damaged files by many exception types, and which one
+    # is no contract; each is one unreadable image to the caller, and the cause stays attached.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise WaraError("data", f"damaged {kind}: {reason}", where, _COPY) from error
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -221,114 +320,108 @@ def to_tensor(array: np.ndarray, spec: ImageSpec) -> Tensor:
 # --- PNG, JPEG, TIFF --------------------------------------------------------------------------
 
 
-def _read_pillow(data: bytes, where: str) -> np.ndarray:
-    try:
-        return _decode_pillow(data, where)
-    except WaraError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise WaraError(
-            "data", "not a readable PNG, JPEG, TIFF or DICOM", where, _CONVERT
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise WaraError("data", str(error), where, "export the image at a smaller size") from error
-    # Pillow reports damaged files by many exception types, and which one is no contract; each of
-    # those is one unreadable image to the caller, and the cause stays attached.
-    except Exception as error:
-        raise WaraError(
-            "data", f"damaged image: {error}", where, "copy it again from its origin"
-        ) from error
-
-
-def _decode_pillow(data: bytes, where: str) -> np.ndarray:
+def _decode_pillow(data: bytes, where: str) -> Picture:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_size(image.width, image.height, where)
     # JPEG files of cameras hold a preview as a second picture; the first one is the photograph.
     frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
     if frames > 1:
-        raise WaraError(
-            "data", f"holds {frames} frames, one is expected", where, "save one file per frame"
-        )
-    # TIFF files of 16 bits whose zero means white: Pillow leaves the inversion to the reader.
-    white_is_zero = (
-        image.format == "TIFF"
-        and image.mode in _DEEP_MODES
-        and getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0
-    )
+        what = f"holds {frames} frames, one is expected"
+        raise WaraError("data", what, where, "save one file per frame")
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "LAB":
+        raise WaraError("data", "colours are stored as CIE L*a*b*", where, "convert it to RGB")
+    if _deep_colour(image):
+        return Picture(_decode_deep_colour(data, image), where, _declared_bits(data))
+    # TIFF files whose zero means white: Pillow leaves the inversion of deep ones to the reader.
+    deep = image.mode in _DEEP_MODES
+    inverted = deep and image.format == "TIFF" and tags.get(_TIFF_PHOTOMETRIC) == 0
     image.load()
-    array = _to_rgb(ImageOps.exif_transpose(image), _declared_bits(data), where)
-    return 255 - array if white_is_zero else array
+    upright: Image.Image = ImageOps.exif_transpose(image)
+    if deep:
+        whole = _whole_greys(np.asarray(upright), where)
+        return Picture(whole, where, _declared_bits(data), inverted)
+    if image.mode == "F":
+        grey = _float_to_uint8(np.asarray(upright), where)
+        return Picture(np.repeat(grey[:, :, None], 3, axis=2), where)
+    if upright.has_transparency_data:
+        layers = upright.convert("RGBA")
+        ground = Image.new("RGBA", layers.size, (0, 0, 0, 255))
+        upright = Image.alpha_composite(ground, layers)
+    return Picture(np.array(upright.convert("RGB")), where)
 
 
 def _check_size(width: int, height: int, where: str) -> None:
     if width < 1 or height < 1:
         raise WaraError("data", f"image of {width} x {height} pixels", where, "remove it")
     if width * height > PIXEL_CAP:
-        raise WaraError(
-            "data",
-            f"image of {width} x {height} pixels; the limit is {PIXEL_CAP:,} in all",
-            where,
-            "export the image at a smaller size",
-        )
+        what = f"image of {width} x {height} pixels; the limit is {PIXEL_CAP:,} in all"
+        raise WaraError("data", what, where, "export the image at a smaller size")
 
 
-def _to_rgb(image: Image.Image, declared_bits: int | None, where: str) -> np.ndarray:
-    if image.mode in _DEEP_MODES:
-        return _grey_to_rgb(_deep_to_uint8(np.asarray(image), declared_bits, where))
-    if image.mode == "F":
-        return _grey_to_rgb(_float_to_uint8(np.asarray(image), where))
-    if image.mode == "LAB":
-        raise WaraError("data", "colours are stored as CIE L*a*b*", where, "convert it to RGB")
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        ground = Image.new("RGBA", layers.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(ground, layers)
-    return np.array(image.convert("RGB"))
+def _raw_mode(image: Image.Image) -> str:
+    """Return Pillow's name of how the pixels lie in the file."""
+    tiles = getattr(image, "tile", [])
+    arguments = tiles[0].args if tiles else ""
+    return arguments if isinstance(arguments, str) else str(arguments[0])
 
 
-def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[:, :, None], 3, axis=2)
+def _deep_colour(image: Image.Image) -> bool:
+    """Whether a file holds 16-bit numbers of which Pillow would keep the upper half."""
+    return ";16" in _raw_mode(image) and image.mode not in _DEEP_MODES
 
 
-def _deep_to_uint8(values: np.ndarray, declared_bits: int | None, where: str) -> np.ndarray:
+def _decode_deep_colour(data: bytes, image: Image.Image) -> np.ndarray:
+    """Return 16-bit colours `[H, W, 3]`, or greys `[H, W]`; transparent pixels become black."""
+    raw = _raw_mode(image)
+    if raw == "LA;16B":  # grey and alpha as one number of 32 bits
+        image._mode = "I"  # what Pillow's own plugins set
+        both = np.asarray(ImageOps.exif_transpose(_with_raw_mode(image, "I;32B")))
+        share = (both & 0xFFFF) / 65535.0
+        return np.rint(((both >> 16) & 0xFFFF) * share).astype(np.uint16)
+    if raw not in _OTHER_BYTE:
+        raise ValueError(f"16-bit pixels of the kind {raw} are not read")
+    again = Image.open(io.BytesIO(data), formats=FORMATS)
+    halves = [np.asarray(ImageOps.exif_transpose(part), np.uint16) for part in
+              (image, _with_raw_mode(again, _OTHER_BYTE[raw]))]  # fmt: skip
+    colours = halves[0] * np.uint16(256) + halves[1]
+    if image.mode == "RGBA":
+        return np.rint(colours[:, :, :3] * (colours[:, :, 3:] / 65535.0)).astype(np.uint16)
+    return colours[:, :, :3]
+
+
+def _with_raw_mode(image: Image.Image, raw: str) -> Image.Image:
+    tiles = image.tile  # type: ignore[attr-defined]
+    image.tile = [  # type: ignore[attr-defined]
+        tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
+        for tile in tiles
+    ]
+    return image
+
+
+def _whole_greys(values: np.ndarray, where: str) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= 1 << 16:
-        raise WaraError(
-            "data",
-            f"greys from {low} to {high} without a display range",
-            where,
-            "export it as 8 or 16 bits without sign, or as DICOM with a window",
-        )
-    bits = declared_bits or 0
-    if high >= 1 << bits:  # not declared, or declared wrongly
-        bits = next(b for b in (8, 10, 12, 14, 16) if high < 1 << b)
-    return _scale(values.astype(np.float64), 0, (1 << bits) - 1)
+        what = f"greys from {low} to {high} without a display range"
+        remedy = "export it as 8 or 16 bits without sign, or as DICOM with a window"
+        raise WaraError("data", what, where, remedy)
+    return values.astype(np.uint16)
 
 
 def _float_to_uint8(values: np.ndarray, where: str) -> np.ndarray:
     # NaN fails both comparisons.
     if not (values.min() >= 0 and values.max() <= 1):
-        raise WaraError(
-            "data",
-            "floating-point greys outside 0..1, without a display range",
-            where,
-            "export it as 8 or 16 bits without sign, or as DICOM with a window",
-        )
-    return _scale(values.astype(np.float64), 0, 1)
-
-
-def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map `low..high` to 0..255, clip, round half up."""
-    if high <= low:
-        return np.zeros(values.shape, np.uint8)
-    return np.floor(np.clip((values - low) / (high - low), 0, 1) * 255 + 0.5).astype(np.uint8)
+        what = "floating-point greys outside 0..1, without a display range"
+        remedy = "export it as 8 or 16 bits without sign, or as DICOM with a window"
+        raise WaraError("data", what, where, remedy)
+    return scale(values.astype(np.float64), 0, 1)
 
 
 def _declared_bits(data: bytes) -> int | None:
-    """Significant bits of a grey PNG by its sBIT chunk, which Pillow does not read."""
+    """Significant bits of a PNG by its sBIT chunk, which Pillow does not read."""
     for kind, body in _png_chunks(data):
-        if kind == b"sBIT" and len(body) == 1 and 1 <= body[0] <= 16:
-            return body[0]
+        if kind == b"sBIT" and body and all(1 <= bits <= 16 for bits in body):
+            return max(body[: 3 if len(body) > 2 else 1])  # without the alpha channel
         if kind in (b"PLTE", b"IDAT"):
             break
     return None
@@ -342,155 +435,20 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         place += 12 + length
 
 
-# --- DICOM ------------------------------------------------------------------------------------
-
-
-def _read_dicom(data: bytes, where: str) -> np.ndarray:
-    import pydicom  # a second of import that PNG users should not pay for
-
-    try:
-        header = pydicom.dcmread(
-            io.BytesIO(data), stop_before_pixels=True, specific_tags=_DICOM_ELEMENTS
-        )
-        _check_dicom_header(header, where)
-        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=_DICOM_ELEMENTS)
-        if "PixelData" not in dataset:
-            raise WaraError(
-                "data", "DICOM object without pixel data", where, "leave it out of the data set"
-            )
-        _check_decoder(dataset, where)
-        return _dicom_to_rgb(dataset, where)
-    except WaraError:
-        raise
-    # pydicom and its decoders raise whatever their parsers raise on a damaged file; each of those
-    # is one unreadable image to the caller, and the cause stays attached.
-    except Exception as error:
-        raise WaraError(
-            "data", f"damaged DICOM: {error}", where, "export it again from the archive"
-        ) from error
-
-
-def _check_dicom_header(header: Dataset, where: str) -> None:
-    if "Rows" not in header or "Columns" not in header:
-        raise WaraError("data", "DICOM object without an image", where, "leave it out")
-    _check_size(int(header.Columns), int(header.Rows), where)
-    frames = int(header.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise WaraError(
-            "data",
-            f"DICOM with {frames} frames, one is expected",
-            where,
-            "export the frame that is read as a file of its own",
-        )
-
-
-def _check_decoder(dataset: Dataset, where: str) -> None:
-    from pydicom.pixels import get_decoder
-
-    syntax = dataset.file_meta.TransferSyntaxUID
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise WaraError(
-            "data", f"DICOM compression not supported: {syntax.name}", where, _CONVERT
-        ) from None
-    if not decoder.is_available:
-        raise WaraError(
-            "data",
-            f"no decoder for this DICOM compression ({syntax.name})",
-            where,
-            "install the decoders: pip install 'wara[dicom]'",
-        )
-
-
-def _dicom_to_rgb(dataset: Dataset, where: str) -> np.ndarray:
-    from pydicom.pixels import apply_color_lut, pixel_array
-
-    photometric = str(dataset.PhotometricInterpretation)
-    stored = pixel_array(dataset)  # YBR is converted to RGB here
-    if photometric in ("MONOCHROME1", "MONOCHROME2"):
-        return _grey_to_rgb(_dicom_grey(dataset, stored, photometric == "MONOCHROME1"))
-    if photometric == "PALETTE COLOR":
-        stored = apply_color_lut(stored, dataset)
-        bits = 8 * stored.dtype.itemsize
-    elif photometric == "RGB" or photometric.startswith("YBR_"):
-        bits = int(dataset.BitsStored)
-    else:
-        raise WaraError("data", f"DICOM colours '{photometric}' not supported", where, _CONVERT)
-    if stored.ndim != 3 or stored.shape[2] != 3:
-        raise WaraError("data", f"DICOM colour image of shape {stored.shape}", where, _CONVERT)
-    if bits == 8:
-        return np.ascontiguousarray(stored, dtype=np.uint8)
-    return _scale(stored.astype(np.float64), 0, (1 << bits) - 1)
-
-
-def _dicom_grey(dataset: Dataset, stored: np.ndarray, inverted: bool) -> np.ndarray:
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    values = np.asarray(apply_modality_lut(stored, dataset))
-    padding = _padding(dataset, stored)
-    if dataset.get("VOILUTSequence"):
-        table = dataset.VOILUTSequence[0].LUTDescriptor
-        # The output range of a table is stated by its third number, in bits.
-        shown = apply_voi_lut(values.astype(np.int64), dataset, prefer_lut=True)
-        grey = _scale(np.asarray(shown, np.float64), 0, (1 << int(table[2])) - 1)
-    elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-        grey = _window(
-            values.astype(np.float64),
-            _first(dataset.WindowCenter),
-            _first(dataset.WindowWidth),
-            str(dataset.get("VOILUTFunction") or "LINEAR").upper(),
-        )
-    else:
-        low, high = _range_without_window(dataset, values, padding)
-        grey = _scale(values.astype(np.float64), low, high)
-    if inverted:
-        grey = 255 - grey
-    grey[padding] = 0  # "no data" is black, whatever the polarity
-    return grey
-
-
-def _first(value: Any) -> float:
-    return float(value if isinstance(value, (int, float)) else value[0])
-
-
-def _window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
-    """Apply a window, DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3, with the output in 0..255.
+def common_bits(depths: Iterable[Depth]) -> int | None:
+    """Return the bits of a data set: what its 16-bit files state, else what holds them all.
 
     Args:
-        values: modality values, float64.
-        centre: window centre, in modality units.
-        width: window width, in modality units.
-        function: LINEAR, LINEAR_EXACT or SIGMOID.
+        depths: of all 16-bit PNG and TIFF files of the set.
+
+    Returns:
+        What files state, or one of `DEPTHS`; none when there are no such files.
     """
-    if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
-        raise ValueError(f"window of centre {centre}, width {width}")
-    if function == "SIGMOID":
-        exponent = np.clip(-4 * (values - centre) / width, -700, 700)
-        return _scale(1 / (1 + np.exp(exponent)), 0, 1)
-    if function == "LINEAR_EXACT":
-        return _scale(values, centre - width / 2, centre + width / 2)
-    if width <= 1:  # LINEAR of width 1 is a threshold
-        return np.where(values > centre - 0.5, 255, 0).astype(np.uint8)
-    return _scale(values, centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2)
-
-
-def _padding(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
-    """Pixels that the detector did not see (Pixel Padding Value and its range)."""
-    value = dataset.get("PixelPaddingValue")
-    if value is None:
-        return np.zeros(stored.shape, bool)
-    limit = dataset.get("PixelPaddingRangeLimit")
-    limit = value if limit is None else limit
-    return (stored >= min(value, limit)) & (stored <= max(value, limit))
-
-
-def _range_without_window(
-    dataset: Dataset, values: np.ndarray, padding: np.ndarray
-) -> tuple[float, float]:
-    bits = int(dataset.BitsStored)
-    rescaled = "RescaleSlope" in dataset or "ModalityLUTSequence" in dataset
-    if bits <= 8 and not rescaled and int(dataset.PixelRepresentation) == 0:
-        return 0, (1 << bits) - 1  # an ultrasound screen: shown as stored
-    seen = values[~padding]
-    return (float(seen.min()), float(seen.max())) if seen.size else (0.0, 0.0)
+    found = list(depths)
+    if not found:
+        return None
+    brightest = max(depth.brightest for depth in found)
+    stated = max(depth.declared or 0 for depth in found)
+    if brightest < 1 << stated:
+        return stated
+    return next(bits for bits in DEPTHS if brightest < 1 << bits)

@@ -56,6 +56,8 @@ class AdapterFile(Section):
     base_sha256: Sha256 = Field(description="Fingerprint of the base, see `base_hash`.")
     num_classes: int | None = Field(ge=0, le=1_000_000, description="Outputs of the head.")
     backbone: BackboneInfo | None = Field(description="The backbone and what its images must be.")
+    bits: int | None = Field(ge=1, le=16, description="Bits of the greys of 16-bit files.")
+    greys: Literal["window", "stored", "range"] = Field(description="How DICOM greys are shown.")
     task: Literal["binary", "multiclass", "multilabel", "ordinal"] | None = Field(
         description="What is predicted."
     )
@@ -72,6 +74,8 @@ def save_adapter(
     backbone: BackboneInfo | None = None,
     task: str | None = None,
     classes: Sequence[str] | None = None,
+    bits: int | None = None,
+    greys: str = "window",
     extra: dict[str, Any] | None = None,
 ) -> Path:
     """Write adapter and head to a folder.
@@ -82,6 +86,8 @@ def save_adapter(
         backbone: what the model was built from and what its images must be, where known.
         task: what is predicted.
         classes: names of the outputs, in order.
+        bits: see `wara.images.ImageSpec`.
+        greys: see there.
         extra: what else to record, such as the epoch; plain values.
 
     Returns:
@@ -109,6 +115,8 @@ def save_adapter(
         "base_sha256": base_hash(inner),
         "num_classes": count,
         "backbone": None if backbone is None else backbone.model_dump(mode="json"),
+        "bits": bits,
+        "greys": greys,
         "task": task,
         "classes": None if classes is None else list(classes),
         "extra": extra or {},

@@ -15,7 +15,7 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, fie
 from pydantic_core import PydanticCustomError
 
 from wara.adapters import Method, read_method, section_of
-from wara.cards import Augmentation
+from wara.cards import Augmentation, Bits, Greys, Modality
 from wara.schema import Section, fault
 
 
@@ -57,6 +57,15 @@ class DataConfig(Section):
     val_fraction: float = Field(0.15, gt=0, lt=1, description="Share for validation if not split.")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for the test if not split.")
     split_seed: int = Field(0, ge=0, description="Seed of the split, apart from the run's seed.")
+    modality: Modality | None = Field(
+        None, description="What images without a card show; null: not known, little is augmented."
+    )
+    bits: Bits | None = Field(
+        None, description="Bits of the greys in 16-bit files; null: as the card says, or found."
+    )
+    greys: Greys | None = Field(
+        None, description="DICOM greys: window, stored or range; null: as the card says."
+    )
     augment: Literal["auto", *get_args(Augmentation)] = Field(  # type: ignore[valid-type]
         "auto", description="Training images: auto (what the card says), off, or a preset."
     )

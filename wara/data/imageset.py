@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,15 @@ import numpy as np
 
 from wara.cards import Card
 from wara.errors import WaraError
-from wara.images import ImageSpec, load_array, read_bytes, read_image, resize
+from wara.images import (
+    Depth,
+    ImageSpec,
+    Opened,
+    common_bits,
+    read_bytes,
+    read_image,
+    resize,
+)
 
 # Resized images are kept in memory below this many bytes: about 13,000 images of 224 x 224.
 MEMORY_LIMIT = 2_000_000_000
@@ -37,16 +46,33 @@ class Record:
     split: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What one reading of an image gives.
+
+    Args:
+        array: resized, uint8 `[h, w, 3]`; None where that was not asked for, or not decided yet.
+        sha256: of its content.
+        depth: of a 16-bit PNG or TIFF file.
+        windowed: whether a grey DICOM object says how it is shown.
+    """
+
+    array: np.ndarray | None
+    sha256: str
+    depth: Depth | None = None
+    windowed: bool | None = None
+
+
 class Reader(Protocol):
     """Where pixels come from."""
 
-    def read(self, index: int) -> np.ndarray:
+    def read(self, index: int, bits: int | None, greys: str) -> np.ndarray:
         """Return image `index` as uint8 `[H, W, 3]`."""
 
-    def load(self, index: int, spec: ImageSpec | None) -> tuple[np.ndarray | None, str]:
-        """Return image `index` resized, uint8 `[h, w, 3]`, and the SHA-256 of its content.
+    def load(self, index: int, spec: ImageSpec | None) -> Loaded:
+        """Return image `index` as `spec` wants it; the disk is touched once.
 
-        The disk is touched once. Without `spec` the image is only checked.
+        Without `spec` the image is only checked; without `spec.bits` 16-bit files are not shown.
         """
 
 
@@ -56,19 +82,22 @@ class FileReader:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
 
-    def read(self, index: int) -> np.ndarray:
+    def read(self, index: int, bits: int | None, greys: str) -> np.ndarray:
         """Return image `index` as uint8 `[H, W, 3]`."""
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], bits, greys)
 
-    def load(self, index: int, spec: ImageSpec | None) -> tuple[np.ndarray | None, str]:
-        """Return image `index` resized, and the SHA-256 of its file."""
+    def load(self, index: int, spec: ImageSpec | None) -> Loaded:
+        """Return image `index` as `spec` wants it, and the SHA-256 of its file."""
         path = self.paths[index]
         data = read_bytes(path)
-        digest = hashlib.sha256(data).hexdigest()
-        try:
-            return (read_image(data) if spec is None else load_array(data, spec)), digest
-        except WaraError as error:
-            raise WaraError(error.kind, error.what, str(path), error.remedy) from error
+        opened = Opened(data, str(path))
+        depth, array = opened.depth, None
+        decided = depth is None or (spec is not None and spec.bits is not None)
+        if spec is not None and decided:
+            array = opened.array(spec)
+        elif decided:
+            opened.rgb()
+        return Loaded(array, hashlib.sha256(data).hexdigest(), depth, opened.windowed)
 
 
 class ArrayReader:
@@ -82,12 +111,12 @@ class ArrayReader:
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.arrays[part][index - int(self.ends[part])]
 
-    def read(self, index: int) -> np.ndarray:
+    def read(self, index: int, bits: int | None = None, greys: str = "") -> np.ndarray:
         """Return image `index` as uint8 `[H, W, 3]`."""
         stored = self._stored(index)
         return stored if stored.ndim == 3 else np.repeat(stored[:, :, None], 3, axis=2)
 
-    def load(self, index: int, spec: ImageSpec | None) -> tuple[np.ndarray | None, str]:
+    def load(self, index: int, spec: ImageSpec | None) -> Loaded:
         """Return image `index` resized, and the SHA-256 of its shape and pixels."""
         stored = np.ascontiguousarray(self._stored(index))
         digest = hashlib.sha256(repr(stored.shape).encode())
@@ -95,7 +124,7 @@ class ArrayReader:
         array = None
         if spec is not None:
             array = resize(self.read(index), spec.size, spec.interpolation)
-        return array, digest.hexdigest()
+        return Loaded(array, digest.hexdigest())
 
 
 class ImageSet:
@@ -134,10 +163,13 @@ class ImageSet:
         self.notes = tuple(notes)
         self.faults = tuple(faults)
         self.unreadable: tuple[WaraError, ...] | None = None
+        self.bits: int | None = card.bits
+        self.greys: str = card.greys
+        self.windows: Counter[bool] = Counter()
         self._hashes: dict[int, str] = {}
         self._kept: np.ndarray | None = None
         self._filled = np.zeros(len(self.records), bool)
-        self._kept_as: ImageSpec | None = None
+        self._kept_as: tuple[tuple[int, int], str] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -156,10 +188,22 @@ class ImageSet:
         Raises:
             WaraError: kind "data" when it cannot be read.
         """
-        return self.reader.read(index)
+        if self.bits is None and self.unreadable is None and self._load(index, None).depth:
+            self.survey()  # how many bits the greys have is seen over the whole set
+        return self.reader.read(index, self.bits, self.greys)
+
+    def declare(self, bits: int | None, greys: str | None) -> None:
+        """Say how pixels are read, in place of the card; None leaves it to the card."""
+        self.bits, self.greys = bits or self.bits, greys or self.greys
+
+    def spec(self, spec: ImageSpec) -> ImageSpec:
+        """Return what a network expects, with what was decided for the pixels of this set."""
+        return replace(spec, bits=self.bits, greys=self.greys)
 
     def survey(self, spec: ImageSpec | None = None) -> tuple[WaraError, ...]:
         """Read every image once: what cannot be read, all hashes, and the images themselves.
+
+        What the greys of 16-bit files have in common is found here, where the card does not say.
 
         Args:
             spec: when given, images are kept in memory as it wants them, if they all fit, so that
@@ -171,16 +215,40 @@ class ImageSet:
         if self.unreadable is None:
             keep = spec is not None and self.keep(spec)
 
-            def attempt(index: int) -> WaraError | None:
+            def attempt(index: int) -> WaraError | Loaded:
                 try:
-                    self._load(index, spec if keep else None)
+                    return replace(self._load(index, spec if keep else None), array=None)
                 except WaraError as error:
                     return error
-                return None
 
             found = in_threads(attempt, range(len(self)))
             self.unreadable = tuple(fault for fault in found if isinstance(fault, WaraError))
+            loaded = [one for one in found if isinstance(one, Loaded)]
+            self.windows = Counter(one.windowed for one in loaded if one.windowed is not None)
+            self._notes_on_pixels([one.depth for one in loaded if one.depth is not None])
         return self.unreadable
+
+    def _notes_on_pixels(self, depths: Sequence[Depth]) -> None:
+        notes = []
+        if depths:
+            how = "as declared"
+            if self.bits is None:
+                self.bits, how = common_bits(depths), "found over the whole set; `bits` declares it"
+                usual = common_bits(sorted(depths, key=_brightest)[: -(-9 * len(depths) // 10)])
+                if usual != self.bits:
+                    how += f"; 9 in 10 of them would fit into {usual}"
+            notes.append(f"{len(depths)} files of 16 bits: greys have {self.bits} bits ({how})")
+        if self.windows:
+            own, without = self.windows[True], self.windows[False]
+            if self.greys != "window":
+                how = f"{self.greys} range"
+            elif not own:
+                how = "stored range, for no file has a window"
+            else:
+                rest = f", {without} have none and show their stored range" if without else ""
+                how = f"file's own window: {own} have one{rest}"
+            notes.append(f"DICOM greys of {own + without} files by the {how}")
+        self.notes = (*self.notes, *notes)
 
     def sha256(self, index: int) -> str | None:
         """Return the SHA-256 of the content of image `index`; None when it cannot be read."""
@@ -194,14 +262,15 @@ class ImageSet:
         Returns:
             Whether images are kept as `spec` wants them.
         """
-        if self._kept_as == spec:
+        wanted = (spec.size, spec.interpolation)
+        if self._kept_as == wanted:
             return self._kept is not None
         shape = (len(self.records), *spec.size, 3)
         fits = int(np.prod(shape, dtype=np.int64)) <= MEMORY_LIMIT
         # Memory is only taken when a row is first written.
         self._kept = np.empty(shape, np.uint8) if fits else None
         self._filled[:] = False
-        self._kept_as = spec
+        self._kept_as = wanted
         return fits
 
     def array(self, index: int, spec: ImageSpec) -> np.ndarray:
@@ -212,18 +281,26 @@ class ImageSet:
         Raises:
             WaraError: kind "data" when it cannot be read.
         """
-        if self._kept is not None and self._kept_as == spec and self._filled[index]:
+        kept = self._kept_as == (spec.size, spec.interpolation) and self._filled[index]
+        if kept and self._kept is not None:
             return self._kept[index]
-        array = self._load(index, spec)
+        array = self._load(index, spec).array
+        if array is None:  # how many bits the greys have is seen over the whole set
+            self.survey()
+            array = self._load(index, spec).array
         assert array is not None
         return array
 
-    def _load(self, index: int, spec: ImageSpec | None) -> np.ndarray | None:
-        array, self._hashes[index] = self.reader.load(index, spec)
-        if array is not None and self._kept is not None and self._kept_as == spec:
-            self._kept[index] = array
+    def _load(self, index: int, spec: ImageSpec | None) -> Loaded:
+        if spec is not None:
+            spec = replace(spec, bits=self.bits or spec.bits, greys=self.greys)
+        loaded = self.reader.load(index, spec)
+        self._hashes[index] = loaded.sha256
+        keeps = spec is not None and self._kept_as == (spec.size, spec.interpolation)
+        if loaded.array is not None and keeps and self._kept is not None:
+            self._kept[index] = loaded.array
             self._filled[index] = True
-        return array
+        return loaded
 
     def fill(self, spec: ImageSpec) -> None:
         """Read whatever `keep` has not yet in memory, in threads.
@@ -234,6 +311,10 @@ class ImageSet:
         if self.keep(spec):
             missing = np.flatnonzero(~self._filled).tolist()
             in_threads(lambda index: self.array(index, spec), missing)
+
+
+def _brightest(depth: Depth) -> int:
+    return depth.brightest
 
 
 def in_threads(work: Callable[[int], object], indices: Sequence[int]) -> list[object]:

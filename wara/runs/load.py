@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Run:
     @property
     def spec(self) -> ImageSpec:
         """What the model expects of its images."""
-        return self.backbone.spec
+        return replace(self.backbone.spec, bits=self.adapter.bits, greys=self.adapter.greys)
 
     @property
     def synthetic(self) -> bool:

@@ -34,6 +34,8 @@ class Facts:
         task: of the data set.
         classes: names of the outputs, in order.
         backbone: what was adapted.
+        bits: how 16-bit files were read, see `wara.images.ImageSpec`.
+        greys: how DICOM files were read.
         method: name of the method.
         seed: of the run and of the bootstrap.
         counts: trained and frozen parameters, see `count_parameters`.
@@ -48,6 +50,8 @@ class Facts:
     task: str
     classes: Sequence[str]
     backbone: BackboneInfo
+    bits: int | None
+    greys: str
     method: str
     seed: int
     counts: Mapping[str, int]
@@ -173,6 +177,8 @@ def write_results(
         backbone=facts.backbone,
         task=facts.task,
         classes=facts.classes,
+        bits=facts.bits,
+        greys=facts.greys,
         extra={
             "synthetic": facts.synthetic,
             "dataset": facts.public,

@@ -165,6 +165,8 @@ class _Process:
             task=run.task,
             classes=run.classes,
             backbone=run.backbone,
+            bits=run.images.bits,
+            greys=run.images.greys,
             method=config.adapter.name,
             seed=config.seed,
             counts=run.counts,
@@ -273,6 +275,8 @@ def _facts_of(run: Prepared) -> dict[str, Any]:
             "origin": images.origin,
             "substituted_for": images.substituted_for,
             "images": len(images.records),
+            "bits": images.bits,
+            "greys": images.greys,
             "sha256": run.data_hash,
         },
         backbone={

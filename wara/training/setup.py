@@ -181,6 +181,7 @@ def prepare(
         images=config.data.images,
         phantom_size=PHANTOM_SIDE,
     )
+    images.declare(config.data.bits, config.data.greys)
     losses.check_options(
         config.loss, images.card.task, smoothing=config.label_smoothing, monitor=config.monitor
     )
