@@ -587,6 +587,20 @@ def test_thumbnails_of_a_network_drive_are_no_images(tmp_path: Path) -> None:
     assert "bad.png" in first and "left out: 20 of Synology (@eaDir)" in last
 
 
+def test_the_ground_truth_of_isic_2018_is_read_as_it_is(tmp_path: Path) -> None:
+    root = tmp_path / "cache/isic2018"
+    names = ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"]
+    draw(root, tuple(f"ISIC_{index}.jpg" for index in range(7)))
+    rows = "".join(
+        f"ISIC_{index},{','.join(str(float(index == place)) for place in range(7))}\n"
+        for index in range(7)
+    )
+    put(root / "labels.csv", f"image,{','.join(names)}\n{rows}".encode())
+    images = open_source("isic2018", cache=tmp_path / "cache", offline="error", seed=0)
+    assert images.card.name == "isic2018" and images.card.task == "multiclass"
+    assert [record.label for record in images.records] == list(range(7)) and not images.faults
+
+
 @pytest.mark.parametrize("preamble", [True, False])
 def test_dicom_is_known_by_content(preamble: bool, tmp_path: Path) -> None:
     assert is_image(put(tmp_path / "x", dicom(5, preamble=preamble)))

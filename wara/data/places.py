@@ -39,9 +39,15 @@ class _Shelf:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
         self._listed: dict[Path, dict[str, list[Path]]] = {}
+        self._found: dict[str, tuple[list[Path], str]] = {}
 
     def find(self, cell: str) -> tuple[list[Path], str]:
         """Return the files that a cell may mean, and how: "", "ending" or "slash"."""
+        if cell not in self._found:
+            self._found[cell] = self._look_for(cell)
+        return self._found[cell]
+
+    def _look_for(self, cell: str) -> tuple[list[Path], str]:
         for how, name in (("", cell), ("slash", cell.replace("\\", "/"))):
             if not name or (how and name == cell):
                 continue
@@ -171,14 +177,9 @@ def _folders(table: Path, folder: str | None) -> list[Path]:
 def _only_column(sheet: Sheet, shelf: _Shelf, candidates: Sequence[str]) -> str:
     """Return the column whose every cell names a file; several must name the same files."""
     hits: dict[str, list[Path]] = {}
-    most: tuple[int, str, int] | None = None
     for name in candidates:
-        found = [shelf.find(row[name])[0] for row in sheet.rows]
-        missing = [index for index, paths in enumerate(found) if not paths]
-        if not missing:
-            hits[name] = [paths[0] for paths in found]
-        elif len(missing) < len(found) and (most is None or len(missing) < most[0]):
-            most = len(missing), name, missing[0]
+        if all(shelf.find(row[name])[0] for row in sheet.rows):  # ends at the first that does not
+            hits[name] = [shelf.find(row[name])[0][0] for row in sheet.rows]
     headless = any(shelf.find(name)[0] for name in hits) and not {*OWN_COLUMNS} & {*sheet.header}
     if headless or (not hits and any(shelf.find(name)[0] for name in sheet.header)):
         raise WaraError(
@@ -196,8 +197,13 @@ def _only_column(sheet: Sheet, shelf: _Shelf, candidates: Sequence[str]) -> str:
             str(sheet.path),
             "rename the column of the images to file, or name it as source.file_column in a card",
         )
-    if most is not None:
-        count, name, row = most
+    missing = {
+        name: [index for index, row in enumerate(sheet.rows) if not shelf.find(row[name])[0]]
+        for name in candidates
+    }
+    name = min(missing, key=lambda name: len(missing[name]), default="")
+    if name and len(missing[name]) < len(sheet.rows):
+        count, row = len(missing[name]), missing[name][0]
         raise WaraError(
             "data",
             f"no column 'file', and column '{name}' names no file in {count} rows, first "
