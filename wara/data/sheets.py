@@ -22,6 +22,10 @@ _SEPARATORS = {",": "','", ";": "';'", "\t": "tabs"}
 _CSV = "save it as CSV in UTF-8 (spreadsheets call it 'CSV UTF-8') and give that file"
 _PANDAS = "read it with pandas and write it by to_csv(..., index=False), and give that file"
 # What a file is by its first bytes, though it may be called labels.csv.
+_OTHER_ENDINGS = {
+    ".npz": ("a NumPy archive", "name it as source.file of a card whose source.kind is medmnist"),
+    ".zip": ("a zip archive", "unpack it, and give the folder or the table that it held"),
+}
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "an Excel workbook or a zip archive", f"in the spreadsheet, {_CSV}"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook (.xls)", f"in the spreadsheet, {_CSV}"),
@@ -33,6 +37,7 @@ _OTHER_FORMATS = (
     (b"<!doctype", "a web page", "fetch it again; the page may ask for a login first"),
     (b"<html", "a web page", f"fetch it again; if it is a spreadsheet's, {_CSV}"),
     (b"{", "JSON", _PANDAS),
+    (b"[{", "JSON", _PANDAS),
 )
 # pandas calls a column without a name so when it reads one; a spreadsheet leaves it empty.
 _UNNAMED = re.compile(r"(Unnamed: \d+(_level_\d+)?(\.\d+)*)?")
@@ -167,11 +172,15 @@ def _text(path: Path, notes: list[str]) -> str:
     except OSError as error:
         what = f"not a readable table: {error.strerror}"
         raise WaraError("data", what, str(path), "check the file") from error
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_ENDINGS:
+        what, remedy = _OTHER_ENDINGS[suffix]
+        raise WaraError("data", f"{what}, not a CSV table", str(path), remedy)
     for signature, what, remedy in _OTHER_FORMATS:
         if data[:16].lstrip(b"\xef\xbb\xbf \r\n").lower().startswith(signature.lower()):
             raise WaraError("data", f"{what}, not a CSV table", str(path), remedy)
-    if path.suffix.lower() not in ENDINGS:
-        what = f"not a table that is read: {path.suffix or 'a file without ending'}"
+    if suffix not in ENDINGS:
+        what = f"not a table that is read: {suffix or 'a file without ending'}"
         raise WaraError("data", what, str(path), f"give a table {' or '.join(ENDINGS[:2])}")
     encoding = "utf-8-sig"  # spreadsheets put a mark in front of the first column's name
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
