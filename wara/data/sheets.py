@@ -21,11 +21,11 @@ ENDINGS = (".csv", ".tsv", ".tab", ".txt")
 _SEPARATORS = {",": "','", ";": "';'", "\t": "tabs"}
 _CSV = "save it as CSV in UTF-8 (spreadsheets call it 'CSV UTF-8') and give that file"
 _PANDAS = "read it with pandas and write it by to_csv(..., index=False), and give that file"
-# What a file is by its first bytes, though it may be called labels.csv.
 _OTHER_ENDINGS = {
     ".npz": ("a NumPy archive", "name it as source.file of a card whose source.kind is medmnist"),
     ".zip": ("a zip archive", "unpack it, and give the folder or the table that it held"),
 }
+# What a file is by its first bytes, though it may be called labels.csv.
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "an Excel workbook or a zip archive", f"in the spreadsheet, {_CSV}"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook (.xls)", f"in the spreadsheet, {_CSV}"),
