@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from wara.cards import Card, MedMNISTSource, PhantomSource, list_cards, load_card
+from wara.cards import (
+    Card,
+    CsvSource,
+    FolderSource,
+    MedMNISTSource,
+    PhantomSource,
+    list_cards,
+    load_card,
+)
 from wara.errors import WaraError, WaraErrors
 from wara.storage import shipped
 
@@ -93,8 +101,11 @@ def test_only_cards_and_their_readme_lie_in_the_folder():
 
 def test_the_readme_explains_every_field():
     text = (shipped("datasets") / "README.md").read_text(encoding="utf-8")
-    for field in Card.model_fields:
-        assert f"`{field}`" in text, field
+    sources = (MedMNISTSource, FolderSource, CsvSource, PhantomSource)
+    for model in (Card, *sources):
+        for field, info in model.model_fields.items():
+            assert field == "kind" or f"`{field}`" in text, field
+            assert field == "kind" or info.description, field
 
 
 def test_a_card_of_the_users_own(tmp_path):

@@ -224,7 +224,7 @@ def test_multilabel_tables_agree(tmp_path):
     ("text", "words"),
     [
         ("name,label\na.png,x\n", "no column 'file'"),
-        ("file;label\na.png;x\n", "by commas"),
+        ("file;label\na.png;x\n", "only the class 'x'"),
         ("file,label\n", "no rows"),
         ("", "no column 'file'"),
         ("file,file,label\na,b,c\n", "named twice"),

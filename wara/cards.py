@@ -62,21 +62,71 @@ class FolderSource(Section):
 
     @model_validator(mode="after")
     def _pattern_has_one_group(self) -> FolderSource:
-        if self.patient_pattern is not None:
-            try:
-                groups = re.compile(self.patient_pattern).groups
-            except re.error as error:
-                raise ValueError(f"patient_pattern is no regular expression: {error}") from error
-            if groups != 1:
-                raise ValueError(f"patient_pattern has {groups} groups, one is expected")
+        _check_pattern(self.patient_pattern)
         return self
 
 
+def _check_pattern(pattern: str | None) -> None:
+    if pattern is not None:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"patient_pattern is no regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError(f"patient_pattern has {groups} groups, one is expected")
+
+
 class CsvSource(Section):
-    """A table `file,label[,patient][,split]`, paths relative to the table."""
+    """A table `file,label[,patient][,split]`, or any other whose columns are named here."""
 
     kind: Literal["csv"]
-    path: str | None = Field(None, description="CSV file; null: <cache>/<name>/labels.csv.")
+    path: str | None = Field(None, description="Table; null: <cache>/<name>/labels.csv.")
+    columns: list[str] | None = Field(
+        None, min_length=2, description="Names of the columns where the table has no header line."
+    )
+    file_column: str | None = Field(
+        None, description="Column that names the images; null: `file`, or the one that does."
+    )
+    folder: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of the images, relative to the table; `*` stands for several.",
+    )
+    label_column: str | None = Field(
+        None, description="Column of the label; null: `label`, or one column of 0 and 1 per class."
+    )
+    split_column: str | None = Field(
+        None, description="Column of train, val or test; null: `split`, if there."
+    )
+    patient_pattern: str | None = Field(
+        None, description="Regular expression on the file's path; its first group is the patient."
+    )
+    label_separator: str = Field(
+        "|", min_length=1, description="What stands between several labels of one image."
+    )
+    none: list[str] = Field(
+        default_factory=list, description="Labels of a multilabel task that mean none of them."
+    )
+    uncertain: Literal["zero", "one"] | None = Field(
+        None, description="What -1 in a class column counts as; null: such rows are refused."
+    )
+    blank: Literal["zero"] | None = Field(
+        None, description="What an empty class column counts as; null: such rows are refused."
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> CsvSource:
+        _check_pattern(self.patient_pattern)
+        if self.columns is not None:
+            if len(set(self.columns)) < len(self.columns):
+                raise ValueError("columns names one column twice")
+            for key in ("file_column", "label_column", "split_column"):
+                name = getattr(self, key)
+                if name is not None and name not in self.columns:
+                    raise ValueError(f"{key} '{name}' is not among columns")
+        if self.label_column is not None and (self.uncertain or self.blank):
+            raise ValueError("uncertain and blank are for class columns, not for a label_column")
+        return self
 
 
 class PhantomSource(Section):
@@ -129,6 +179,11 @@ class Card(Section):
     def _classes_are_sound(self) -> Card:
         if self.task == "binary" and len(self.classes) != 2:
             raise ValueError(f"a binary task has 2 classes, not {len(self.classes)}")
+        if isinstance(self.source, CsvSource):
+            if self.source.none and self.task != "multilabel":
+                raise ValueError("source.none is for multilabel tasks; name the word as a class")
+            if self.source.patient_pattern is not None and self.group_column is not None:
+                raise ValueError("patients come from group_column or patient_pattern, not both")
         seen: dict[str, str] = {}
         for info in self.classes:
             if re.search(r"[\x00-\x1f|]", info.name) or info.name != info.name.strip():
@@ -140,6 +195,10 @@ class Card(Section):
                 if word in seen:
                     raise ValueError(f"'{word}' names two classes, {seen[word]} and {info.name}")
                 seen[word] = info.name
+        if isinstance(self.source, CsvSource):
+            for word in self.source.none:
+                if word in seen:
+                    raise ValueError(f"'{word}' means none and names a class, {seen[word]}")
         return self
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 from wara import storage
 from wara.data.balance import class_counts
-from wara.data.imageset import ImageSet
+from wara.data.imageset import ImageSet, left_out_line
 from wara.data.splits import SPLITS, connected_groups, stratify
 from wara.errors import WaraError, WaraErrors
 
@@ -93,11 +93,13 @@ def check(
     faults += _patient_faults(image_set, splits, notes)
     faults += _duplicate_faults(image_set, splits, notes)
     if faults:
-        raise _report(faults, report_dir)
+        raise _report(faults, report_dir, left_out_line(image_set.left_out, image_set.origin))
     return notes
 
 
-def _report(faults: Sequence[WaraError], report_dir: str | Path | None) -> WaraErrors:
+def _report(
+    faults: Sequence[WaraError], report_dir: str | Path | None, left_out: WaraError | None
+) -> WaraErrors:
     shown = list(faults[:SHOWN])
     if len(faults) > SHOWN:
         rest = "correct the first ones and run again"
@@ -110,6 +112,9 @@ def _report(faults: Sequence[WaraError], report_dir: str | Path | None) -> WaraE
                 raise WaraError("storage", error.what, error.where, remedy) from error
             rest = f"all are listed in {path}"
         shown.append(WaraError("data", f"{len(faults) - SHOWN} more offenders", "", rest))
+    if left_out is not None:
+        # Notes are not shown with a refusal, and what is missing is often among what was left out.
+        shown.append(left_out)
     return WaraErrors(shown)
 
 

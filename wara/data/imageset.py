@@ -140,6 +140,8 @@ class ImageSet:
         notes: remarks for the plan.
         faults: what is wrong with entries that could not become records; `gate.check` reports
             them with everything else.
+        left_out: what lies there and was not taken, one sentence; a note, and the last line of
+            what the gate refuses.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class ImageSet:
         substituted_for: str | None = None,
         notes: Sequence[str] = (),
         faults: Sequence[WaraError] = (),
+        left_out: str = "",
     ) -> None:
         self.card = card
         self.records = tuple(records)
@@ -160,7 +163,8 @@ class ImageSet:
         self.synthetic = synthetic
         self.origin = origin
         self.substituted_for = substituted_for
-        self.notes = tuple(notes)
+        self.notes = (*notes, left_out) if left_out else tuple(notes)
+        self.left_out = left_out
         self.faults = tuple(faults)
         self.unreadable: tuple[WaraError, ...] | None = None
         self.bits: int | None = card.bits
@@ -315,6 +319,18 @@ class ImageSet:
 
 def _brightest(depth: Depth) -> int:
     return depth.brightest
+
+
+def left_out_line(left_out: str, origin: str) -> WaraError | None:
+    """Return what a refusal ends with where files were left out; None where none were.
+
+    Args:
+        left_out: the sentence that says so, or nothing.
+        origin: where they lie.
+    """
+    if not left_out:
+        return None
+    return WaraError("data", left_out, origin, "no fault, unless your images are among them")
 
 
 def in_threads(work: Callable[[int], object], indices: Sequence[int]) -> list[object]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
-from wara.cards import Card, ClassInfo, CsvSource, FolderSource
+from wara.cards import Card, ClassInfo, CsvSource, FolderSource, Modality
+from wara.data.words import means_nothing
 from wara.errors import WaraError
 
 SPLIT_WORDS = {
@@ -30,12 +31,45 @@ def sorted_classes(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"\d+", name) for name in names) else names
 
 
+def check_names(path: Path, names: Sequence[str], remedy: str) -> None:
+    """Refuse classes that nobody has named, where no card says that they are classes.
+
+    Args:
+        path: the folder or the table.
+        names: of the classes.
+        remedy: what to do about one.
+
+    Raises:
+        WaraError: kind "data".
+    """
+    for name in names:
+        if means_nothing(name):
+            raise WaraError(
+                "data", f"class '{name}' means that nothing is known", str(path), remedy
+            )
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(" ".join(name.casefold().split()), name)
+        if other != name:
+            raise WaraError(
+                "data",
+                f"classes '{other}' and '{name}' differ in capitals or spaces only",
+                str(path),
+                "write them alike, or say in a card what they are",
+            )
+
+
 def inferred_card(
-    path: Path, classes: list[str], *, kind: Literal["folder", "csv"], multilabel: bool = False
+    path: Path,
+    classes: list[str],
+    *,
+    kind: Literal["folder", "csv"],
+    multilabel: bool = False,
+    modality: Modality | None = None,
 ) -> Card:
     """Make a card for data that has none.
 
-    The modality is not known, so nothing is mirrored or recoloured in training, and grades are
+    Where the modality is not known, nothing is mirrored or recoloured in training; grades are
     taken as unordered classes; a card of the user's own says better.
 
     Args:
@@ -43,6 +77,7 @@ def inferred_card(
         classes: class names in index order.
         kind: what `path` is.
         multilabel: whether an image may have several labels.
+        modality: what the images show, as the config says; it decides the augmentation.
 
     Raises:
         WaraError: kind "data" when there are fewer than two classes or a name is not usable.
@@ -64,7 +99,8 @@ def inferred_card(
         return Card(
             name=name,
             title=name,
-            modality=None,
+            modality=modality,
+            augment=modality or "general",
             task=task,
             classes=[ClassInfo(name=word, meaning="") for word in classes],
             source=source,
@@ -77,7 +113,16 @@ def inferred_card(
         raise WaraError("data", reason, str(path), "rename the class") from error
 
 
-INFERRED_NOTE = (
-    "no card: classes in sorted order, modality not known, so training images are neither mirrored "
-    "nor recoloured; a card file says better"
-)
+def inferred_note(modality: Modality | None, order: str = "in sorted order") -> str:
+    """Return what a plan says of data without a card.
+
+    Args:
+        modality: as the config says.
+        order: of the classes.
+    """
+    if modality is not None:
+        return f"no card: classes {order}; a card file says better"
+    return (
+        f"no card: classes {order}, modality not known, so training images are neither mirrored "
+        "nor recoloured; a card file says better"
+    )

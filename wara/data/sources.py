@@ -10,6 +10,7 @@ from wara.cards import (
     CsvSource,
     FolderSource,
     MedMNISTSource,
+    Modality,
     PhantomSource,
     list_cards,
     load_card,
@@ -35,11 +36,13 @@ def open_source(
     seed: int,
     images: int | None = None,
     phantom_size: int = 112,
+    modality: Modality | None = None,
 ) -> ImageSet:
     """Find the images that `dataset` means.
 
     A name of a shipped card comes first (write `./name` for a folder of that name), then the path
-    of a card file, of a table `*.csv`, of a folder with `labels.csv`, of a class-folder tree.
+    of a card file, of a table (`*.csv`, `*.tsv`), of a folder with `labels.csv` or `labels.tsv`,
+    of a class-folder tree.
 
     Without the files of a shipped card and without a way to fetch them, phantoms of the same
     modality stand in when `offline` is "phantom"; `substituted_for` and a note say so. A path of
@@ -52,6 +55,7 @@ def open_source(
         seed: seed of the phantoms.
         images: phantom images drawn in total; None for what the card says.
         phantom_size: side of the phantoms in pixels.
+        modality: what the images show, and with it their augmentation, where no card says so.
 
     Raises:
         WaraError: kind "config" for an unknown name or a faulty card, kind "data" for files that
@@ -63,12 +67,14 @@ def open_source(
     else:
         path = Path(dataset).expanduser()
         if path.suffix in (".yaml", ".yml"):
-            card = load_card(path)
-        elif path.suffix == ".csv" and path.is_file():
-            return open_table(path)
+            card = _shown_by(load_card(path), modality)
+        elif path.is_file():
+            return open_table(path, modality=modality)
         elif path.is_dir():
-            table = path / "labels.csv"
-            return open_table(table) if table.is_file() else open_tree(path)
+            table = _table_in(path)
+            if table is not None:
+                return open_table(table, modality=modality)
+            return open_tree(path, modality=modality)
         else:
             raise WaraError(
                 "config", f"no data set '{dataset}'", "dataset", suggest(dataset, list_cards())
@@ -96,6 +102,30 @@ def open_source(
         return drawn
 
 
+def _shown_by(card: Card, modality: Modality | None) -> Card:
+    """Return a card with the modality that it leaves open, and the augmentation that goes with it.
+
+    Args:
+        card: the user's own.
+        modality: as the config says; None when it does not.
+    """
+    if modality is None or card.modality is not None:
+        return card
+    augment = card.augment if "augment" in card.model_fields_set else modality
+    return card.model_copy(update={"modality": modality, "augment": augment})
+
+
+def _table_in(folder: Path) -> Path | None:
+    """Return the table of a folder, `labels.csv` in any case; None without one.
+
+    A workbook of that name is one too: it is refused with a remedy, and not passed over.
+    """
+    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
+    endings = (".csv", ".tsv", ".xlsx", ".xls", ".ods", ".parquet")
+    names = (f"labels{ending}" for ending in endings)
+    return next((found[name] for name in names if name in found), None)
+
+
 def _open_card(card: Card, cache: Path) -> ImageSet:
     source = card.source
     if isinstance(source, MedMNISTSource):
@@ -106,8 +136,9 @@ def _open_card(card: Card, cache: Path) -> ImageSet:
     path = base / (default if source.path is None else Path(source.path).expanduser())
     if isinstance(source, FolderSource) and path.is_dir():
         # A table beside the folders wins: it can name patients, folders cannot.
-        if (path / "labels.csv").is_file():
-            return open_table(path / "labels.csv", card)
+        table = _table_in(path)
+        if table is not None:
+            return open_table(table, card)
         return open_tree(path, card, source.patient_pattern)
     if isinstance(source, CsvSource) and path.is_file():
         return open_table(path, card)

@@ -1,236 +1,189 @@
-"""Tables: `file,label[,patient][,split]`, or one 0/1 column per class."""
+"""Tables: `file,label[,patient][,split]`, or one 0/1 column per class, or what a card declares."""
 
 from __future__ import annotations
 
-import csv
+import os
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 
-from wara.cards import Card
+from wara.cards import Card, CsvSource, FolderSource, Modality
 from wara.data.imageset import FileReader, ImageSet, Record
-from wara.data.infer import INFERRED_NOTE, SPLIT_WORDS, inferred_card, sorted_classes
+from wara.data.infer import SPLIT_WORDS
+from wara.data.labels import Answer, labels_of
+from wara.data.places import Places, find_images
+from wara.data.sheets import OWN_COLUMNS, Sheet, read_sheet
+from wara.data.words import known_patient, nobody_note
 from wara.errors import WaraError, suggest
 
-Row = dict[str, str]
-
-OWN_COLUMNS = ("file", "label", "patient", "split")
 # Columns, without case and punctuation, that say which images belong together. Left unread they
 # would put images of one person into training and test.
 _GROUP_WORDS = re.compile(
-    r"(study)?(patient|subject|participant|person|case|lesion|exam|study)s?"
-    r"(id|ids|no|nr|num|number|name|code|key|uid)?|pid|ptid|mrn|studyinstanceuid"
+    r"(study)?(patient|subject|participant|person|case|lesion|exam|study|accession)s?"
+    r"(id|ids|no|nr|num|number|name|code|key|uid)?|pid|ptid|mrn|(study|series)instanceuid"
 )
+# Where these repeat, they are people's; where they do not, they number the rows.
+_PERHAPS_GROUP_WORDS = re.compile(r"records?(id|no|nr|num|number)?")
 
 
-def open_table(path: Path, card: Card | None = None) -> ImageSet:
-    """Open a CSV table in UTF-8 with a header line.
+def open_table(path: Path, card: Card | None = None, modality: Modality | None = None) -> ImageSet:
+    """Open a table with a header line; `docs/tables.md` shows what each kind of table gives.
 
     Columns: `file` (path of the image, relative to the table), then either `label` (a class name
-    or alias; `a|b` for several labels, empty for none of them) or, for multilabel tasks, one
-    column of 0 and 1 per class. `patient` and `split` (train, val, test) are optional; further
-    columns are ignored beside a `label` column. These four names are read in any case. A column
-    that seems to name patients in other words (`patient_id`, `subject`, ...) is refused unless
-    there is a `patient` column or the card has a `group_column`.
+    or alias; `a|b` for several labels, empty for none of them) or one column of 0 and 1 per class.
+    `patient` and `split` (train, val, test) are optional; further columns are ignored beside a
+    `label` column. A card's `source` may name other columns. A column that seems to name patients
+    in other words (`patient_id`, `subject`, ...) is refused unless there is a `patient` column or
+    the card has a `group_column` or a `patient_pattern`.
 
     Args:
         path: the table.
         card: what the data is; None to infer classes from the table.
+        modality: what the images show where there is no card; None when not known.
 
     Raises:
         WaraError: kind "data" when the table as a whole cannot be used. Faults of single rows go
             to `ImageSet.faults`.
     """
-    names = [*card.class_names, card.group_column or "patient"] if card else []
-    header, rows = _read(path, names)
+    form = _form(card)
     group = (card.group_column if card else None) or "patient"
-    if card and card.group_column and card.group_column not in header:
+    names: set[str] = set()
+    if card:
+        named = (form.file_column, form.label_column, form.split_column, card.group_column)
+        names = {*card.class_index, group, *(name for name in named if name)}
+    sheet = read_sheet(path, form.columns, names)
+    split = _column(sheet, form.split_column, "split")
+    label = _column(sheet, form.label_column, "label")
+    grouped = group in sheet.header
+    if card and card.group_column and not grouped:
         raise WaraError(
             "data",
             f"no column '{group}', which the card groups by",
             str(path),
-            f"columns are: {', '.join(header)}",
+            f"columns are: {', '.join(sheet.header)}",
         )
-    _check_group(path, header, group, names)
-    notes: list[str] = []
-    if card is None:
-        card = _infer(path, header, rows, group)
-        notes.append(INFERRED_NOTE)
-    columns = None if "label" in header else card.class_names
-    if columns is not None:
-        _check_columns(path, header, card)
+    known = [name for name in (split, label, *([group] if grouped else [])) if name]
+    places = find_images(sheet, declared=form.file_column, folder=form.folder, others=known)
+    # Declared patterns win over a column that nobody declared.
+    pattern = form.patient_pattern if isinstance(card and card.source, CsvSource) else None
+    if isinstance(card and card.source, FolderSource) and not grouped:
+        pattern = form.patient_pattern
+    if pattern is None and not grouped:
+        _check_group(sheet, {*names, *known, places.column})
+    card, answers, notes = labels_of(
+        sheet,
+        card,
+        form,
+        label=label,
+        others=[*known, places.column],
+        modality=modality,
+    )
+    ignored = [name for name in sheet.unnamed if name != places.column]
+    if ignored:
+        notes.append(f"without a name, so ignored: {', '.join(ignored)}")
+    people = _people(sheet, places, group if grouped else None, pattern, notes)
 
     records: list[Record] = []
     paths: list[Path] = []
     faults: list[WaraError] = []
     seen: dict[str, int] = {}
-    with_split = [bool(row.get("split")) for row in rows]
-    for number, row in enumerate(rows, start=2):
-        where = f"{path}:{number}: {row['file'] or '(no file)'}"
-        problem = _row_problem(row, seen, number, any(with_split))
-        label: int | tuple[int, ...] | None = None
-        if problem is None:
-            label, problem = _label(card, row, columns)
-        if problem is not None or label is None:
+    splits = [SPLIT_WORDS.get(row[split].lower()) if split else None for row in sheet.rows]
+    split_given = split is not None and any(row[split] for row in sheet.rows)
+    for index, row in enumerate(sheet.rows):
+        answer: Answer = answers[index]
+        problem = _row_problem(sheet, places, index, seen)
+        if problem is None and split_given and splits[index] is None:
+            problem = _split_problem(row[split or ""])
+        problem = problem or answer.problem
+        if problem is not None or answer.label is None:
             what, remedy = problem or ("no label", "correct the row")
+            where = f"{sheet.row_name(index)}: {row[places.column] or '(no file)'}"
             faults.append(WaraError("data", what, where, remedy))
             continue
-        records.append(
-            Record(
-                row["file"],
-                label,
-                row.get(group) or None,
-                SPLIT_WORDS[row["split"].lower()] if row.get("split") else None,
-            )
-        )
-        paths.append(path.parent / row["file"])
-    grouped = sum(record.patient is not None for record in records)
-    if group in header and grouped < len(records):
-        notes.append(
-            f"{len(records) - grouped} rows name no {group}; each counts as one of its own"
-        )
+        records.append(Record(places.files[index], answer.label, people[index], splits[index]))
+        paths.append(places.paths[index])
     return ImageSet(
-        card, records, FileReader(paths), origin=f"table {path}", notes=notes, faults=faults
+        card,
+        records,
+        FileReader(paths),
+        origin=f"table {path}",
+        notes=[*sheet.notes, *places.notes, *notes],
+        faults=faults,
     )
 
 
-def _read(path: Path, names: Container[str]) -> tuple[list[str], list[Row]]:
-    """Read header and rows; `names` are columns that the card calls by exactly that name."""
-    try:
-        # utf-8-sig: spreadsheets put a mark in front of the first column's name.
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = [_column(name.strip(), names) for name in next(reader, [])]
-            lines = [line for line in reader if any(cell.strip() for cell in line)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise WaraError(
-            "data", f"not a readable table: {error}", str(path), "save it as CSV in UTF-8"
-        ) from error
-    if "file" not in header:
-        hint = "separate the columns by commas" if any(";" in name for name in header) else ""
-        raise WaraError(
-            "data",
-            f"no column 'file' among: {', '.join(header) or 'nothing'}",
-            str(path),
-            hint or "the first line names the columns: file,label[,patient][,split]",
-        )
-    if len(set(header)) < len(header):
-        twice = sorted({name for name in header if header.count(name) > 1})
-        raise WaraError("data", f"column named twice: {', '.join(twice)}", str(path), "rename one")
-    if not lines:
-        raise WaraError("data", "no rows", str(path), "one row per image is needed")
-    uneven = [number for number, line in enumerate(lines, start=2) if len(line) != len(header)]
-    if uneven:
+def _form(card: Card | None) -> CsvSource:
+    """Return what a card says of its table; of a table beside class folders it says little."""
+    if card and isinstance(card.source, CsvSource):
+        return card.source
+    pattern = (
+        card.source.patient_pattern if card and isinstance(card.source, FolderSource) else None
+    )
+    return CsvSource(kind="csv", patient_pattern=pattern)
+
+
+def _column(sheet: Sheet, declared: str | None, usual: str) -> str | None:
+    if declared is None:
+        return usual if usual in sheet.header else None
+    if declared not in sheet.header:
         raise WaraError(
             "data",
-            f"row {uneven[0]} has another number of columns than the header"
-            + (f" ({len(uneven)} rows in all)" if len(uneven) > 1 else ""),
-            str(path),
-            "quote cells that hold commas",
+            f"no column '{declared}', which the card names as {usual}_column",
+            str(sheet.path),
+            suggest(declared, sheet.header),
         )
-    return header, [
-        dict(zip(header, (cell.strip() for cell in line), strict=True)) for line in lines
-    ]
+    return declared
 
 
-def _column(name: str, names: Container[str]) -> str:
-    return name.lower() if name.lower() in OWN_COLUMNS and name not in names else name
-
-
-def _check_group(path: Path, header: Sequence[str], group: str, names: Container[str]) -> None:
-    if group in header:
-        return
-    for name in header:
-        if name in OWN_COLUMNS or name in names:
+def _check_group(sheet: Sheet, used: Container[str]) -> None:
+    for name in sheet.header:
+        if name in OWN_COLUMNS or name in used:
             continue
-        if _GROUP_WORDS.fullmatch(re.sub(r"[\W_]+", "", name.lower())):
+        word = re.sub(r"[\W_]+", "", name.lower())
+        cells = [row[name] for row in sheet.rows]
+        repeated = len(set(cells)) < len(cells)
+        if _GROUP_WORDS.fullmatch(word) or (repeated and _PERHAPS_GROUP_WORDS.fullmatch(word)):
             raise WaraError(
                 "data",
                 f"column '{name}' seems to name patients, and there is no column 'patient'",
-                str(path),
+                str(sheet.path),
                 "rename it to patient, or name it as group_column in a card, so that images of a "
                 "patient stay in one split; take it out if it does not say which images belong "
                 "together",
             )
 
 
-def _infer(path: Path, header: Sequence[str], rows: Sequence[Row], group: str) -> Card:
-    if "label" in header:
-        labels = [row["label"] for row in rows]
-        several = any("|" in label for label in labels)
-        names = {part.strip() for label in labels for part in label.split("|")} - {""}
-        return inferred_card(path, sorted_classes(names), kind="csv", multilabel=several)
-    columns = [name for name in header if name not in ("file", "split", group)]
-    if not columns or any(row[name] not in ("0", "1") for row in rows for name in columns):
-        raise WaraError(
-            "data",
-            "no column 'label', and the other columns are not all 0 and 1",
-            str(path),
-            "add a column label, or one column of 0 and 1 per class",
-        )
-    return inferred_card(path, columns, kind="csv", multilabel=True)
-
-
-def _check_columns(path: Path, header: Sequence[str], card: Card) -> None:
-    missing = [name for name in card.class_names if name not in header]
-    if card.task != "multilabel" or missing:
-        raise WaraError(
-            "data",
-            "no column 'label'"
-            + (f", and none for: {', '.join(missing)}" if card.task == "multilabel" else ""),
-            str(path),
-            f"columns are: {', '.join(header)}",
-        )
+def _people(
+    sheet: Sheet, places: Places, group: str | None, pattern: str | None, notes: list[str]
+) -> list[str | None]:
+    """Return who each row shows; None where nobody is named."""
+    if pattern is not None:
+        matches = [re.search(pattern, file) for file in places.files]
+        words = [(match.group(1) or "") if match else "" for match in matches]
+        what, column = "file names", "patient"
+    elif group is not None:
+        words = [row[group] for row in sheet.rows]
+        what, column = "rows", group
+    else:
+        return [None] * len(sheet.rows)
+    notes += nobody_note([word for word in words if not known_patient(word)], what, column)
+    return [word if known_patient(word) else None for word in words]
 
 
 def _row_problem(
-    row: Row, seen: dict[str, int], number: int, splits_given: bool
+    sheet: Sheet, places: Places, index: int, seen: dict[str, int]
 ) -> tuple[str, str] | None:
-    if not row["file"]:
+    if not sheet.rows[index][places.column]:
         return "no file name", "name the image or remove the row"
-    if row["file"] in seen:
-        return f"listed in row {seen[row['file']]} already", "keep one row per image"
-    seen[row["file"]] = number
-    if row.get("split"):
-        if row["split"].lower() not in SPLIT_WORDS:
-            return f"split '{row['split']}'", "write train, val or test"
-    elif splits_given:
-        return "no split, while other rows have one", "write train, val or test in every row"
+    if index in places.problems:
+        return places.problems[index]
+    first = seen.setdefault(os.path.normpath(places.paths[index]), index)
+    if first != index:
+        return f"listed in row {sheet.lines[first]} already", "keep one row per image"
     return None
 
 
-def _label(
-    card: Card, row: Row, columns: Sequence[str] | None
-) -> tuple[int | tuple[int, ...] | None, tuple[str, str] | None]:
-    """Return (label, None), or (None, (what, remedy))."""
-    if columns is not None:
-        wrong = [name for name in columns if row[name] not in ("0", "1")]
-        if wrong:
-            return None, (f"column {wrong[0]} holds '{row[wrong[0]]}'", "write 0 or 1")
-        return tuple(int(row[name]) for name in columns), None
-    words = [word.strip() for word in row["label"].split("|")] if row["label"] else []
-    indices = []
-    for word in words:
-        index = _class_of(card, word)
-        if index is None:
-            return None, (
-                f"label '{word}' is not in the card {card.name}",
-                suggest(word, card.class_index),
-            )
-        indices.append(index)
-    if card.task == "multilabel":
-        return tuple(int(index in indices) for index in range(len(card.classes))), None
-    if len(indices) != 1:
-        return None, (
-            f"{len(indices)} labels, one is expected" if indices else "no label",
-            "write one class name",
-        )
-    return indices[0], None
-
-
-def _class_of(card: Card, word: str) -> int | None:
-    index = card.class_index.get(word)
-    if index is None and word.isdecimal() and not any(w.isdecimal() for w in card.class_index):
-        # A number where no class is called by one: the index, in the card's order.
-        index = int(word) if int(word) < len(card.classes) else None
-    return index
+def _split_problem(word: str) -> tuple[str, str]:
+    if not word:
+        return "no split, while other rows have one", "write train, val or test in every row"
+    return f"split '{word}'", "write train, val or test"

@@ -3,35 +3,73 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Container
 from pathlib import Path
 
-from wara.cards import Card
-from wara.data.imageset import FileReader, ImageSet, Record
-from wara.data.infer import INFERRED_NOTE, SPLIT_WORDS, inferred_card, sorted_classes
-from wara.errors import WaraError, suggest
-from wara.images import EXTENSIONS
+from wara.cards import Card, Modality
+from wara.data.imageset import FileReader, ImageSet, Record, left_out_line
+from wara.data.infer import (
+    SPLIT_WORDS,
+    check_names,
+    inferred_card,
+    inferred_note,
+    sorted_classes,
+)
+from wara.data.walk import Walk
+from wara.data.words import known_patient, nobody_note
+from wara.errors import WaraError, WaraErrors, suggest
 
 
-def open_tree(root: Path, card: Card | None = None, patient_pattern: str | None = None) -> ImageSet:
+def open_tree(
+    root: Path,
+    card: Card | None = None,
+    patient_pattern: str | None = None,
+    modality: Modality | None = None,
+) -> ImageSet:
     """Open a tree of class folders.
 
-    Images are files ending in one of `wara.images.EXTENSIONS`, at any depth below their class;
-    other files are left out and counted in a note. Names that start with a dot are ignored.
+    Images are what is one by content, or says so by its ending, at any depth below its class. What
+    machines leave in folders (thumbnails, indexes, trash) and other files are left out and
+    counted in a note. Links to folders or to nothing, and pipes, are faults.
 
     Args:
         root: the folder.
         card: what the data is; None to infer classes from the folders.
         patient_pattern: regular expression on the path below `root`; its first group names the
             patient.
+        modality: what the images show where there is no card; None when not known.
 
     Raises:
         WaraError: kind "data" when the folders are not a tree of classes.
     """
-    parts = _split_folders(root, card.class_index if card else ())
-    found = [(split, folder) for split, part in parts.items() for folder in _folders(part)]
+    walk = Walk()
+    try:
+        return _open(walk, root, card, patient_pattern, modality)
+    except WaraError as error:
+        line = left_out_line(walk.sentence(), str(root))
+        if line is None and not walk.faults:
+            raise
+        raise WaraErrors([error, *walk.faults, *([line] if line else [])]) from error
+
+
+def _open(
+    walk: Walk,
+    root: Path,
+    card: Card | None,
+    patient_pattern: str | None,
+    modality: Modality | None,
+) -> ImageSet:
+    parts = _split_folders(walk, root, card.class_index if card else ())
+    found = [(split, folder) for split, folders in parts for folder in folders]
     names = sorted_classes(folder.name for _, folder in found)
+    if len(names) < 2 and walk.tables and card is None:
+        table = min(walk.tables)
+        raise WaraError(
+            "data",
+            "neither labels.csv nor folders of two classes",
+            str(root),
+            f"if {table.name} holds the labels, give it as the data set: {table}",
+        )
     if not names:
         raise WaraError(
             "data",
@@ -41,8 +79,9 @@ def open_tree(root: Path, card: Card | None = None, patient_pattern: str | None 
         )
     notes: list[str] = []
     if card is None:
-        card = inferred_card(root, names, kind="folder")
-        notes.append(INFERRED_NOTE)
+        check_names(root, names, "rename the folder, or name it as a class in a card")
+        card = inferred_card(root, names, kind="folder", modality=modality)
+        notes.append(inferred_note(modality))
     elif card.task == "multilabel":
         raise WaraError(
             "data",
@@ -55,7 +94,7 @@ def open_tree(root: Path, card: Card | None = None, patient_pattern: str | None 
     records: list[Record] = []
     paths: list[Path] = []
     faults: list[WaraError] = []
-    other: Counter[str] = Counter()
+    nobodies: list[str] = []
     for split, folder in found:
         index = card.class_index.get(folder.name)
         if index is None:
@@ -68,46 +107,49 @@ def open_tree(root: Path, card: Card | None = None, patient_pattern: str | None 
                 )
             )
             continue
-        for path in _files(folder):
-            if path.suffix.lower() not in EXTENSIONS:
-                other[path.suffix.lower() or "none"] += 1
-                continue
+        for path in walk.images(folder):
             file = path.relative_to(root).as_posix()
             match = pattern.search(file) if pattern else None
-            records.append(Record(file, index, match.group(1) if match else None, split))
+            patient = match.group(1) if match else None
+            if patient is not None and not known_patient(patient):
+                nobodies.append(patient)
+                patient = None
+            records.append(Record(file, index, patient, split))
             paths.append(path)
-    if other:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(other.items()))
-        notes.append(f"left out, not images by their ending: {kinds}")
     if pattern:
-        unnamed = sum(record.patient is None for record in records)
+        unnamed = sum(record.patient is None for record in records) - len(nobodies)
         if unnamed:
             notes.append(
                 f"{unnamed} of {len(records)} file names show no patient ({patient_pattern}); "
                 "these are split image by image"
             )
+        notes += nobody_note(nobodies, "file names")
     return ImageSet(
         card,
         records,
         FileReader(paths),
         origin=f"class folders in {root}",
         notes=notes,
-        faults=faults,
+        faults=[*faults, *walk.faults],
+        left_out=walk.sentence(),
     )
 
 
-def _split_folders(root: Path, classes: Container[str]) -> dict[str | None, Path]:
-    """Return split -> folder when the tree is split already, else {None: root}.
+def _split_folders(
+    walk: Walk, root: Path, classes: Container[str]
+) -> list[tuple[str | None, list[Path]]]:
+    """Return (split, class folders) when the tree is split already, else those of None.
 
     A folder named like a split is one, unless a card has a class of that very name.
     """
+    folders = walk.folders(root)
     named = [
         folder
-        for folder in _folders(root)
+        for folder in folders
         if folder.name.lower() in SPLIT_WORDS and folder.name not in classes
     ]
     if not named:
-        return {None: root}
+        return [(None, folders)]
     if not any(SPLIT_WORDS[folder.name.lower()] == "train" for folder in named):
         # Taken as classes, they would give a model that tells test images from others.
         raise WaraError(
@@ -127,7 +169,7 @@ def _split_folders(root: Path, classes: Container[str]) -> dict[str | None, Path
                 "keep one",
             )
         result[split] = folder
-    stray = [folder.name for folder in _folders(root) if folder not in named]
+    stray = [folder.name for folder in folders if folder not in named]
     if stray:
         raise WaraError(
             "data",
@@ -135,19 +177,4 @@ def _split_folders(root: Path, classes: Container[str]) -> dict[str | None, Path
             str(root),
             "keep train, val and test only",
         )
-    return result
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    return [(split, walk.folders(folder)) for split, folder in result.items()]

@@ -180,6 +180,7 @@ def prepare(
         seed=config.data.split_seed,
         images=config.data.images,
         phantom_size=PHANTOM_SIDE,
+        modality=config.data.modality,
     )
     images.declare(config.data.bits, config.data.greys)
     losses.check_options(
