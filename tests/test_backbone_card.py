@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from wara.backbones import NANO_ARCHITECTURE
+from wara.backbones.build import NANO_ARCHITECTURE
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "wara" / "weights"

@@ -23,7 +23,7 @@ from training_helpers import make_images, make_weights
 import wara
 from wara import cli
 from wara.cards import load_card
-from wara.config import RunConfig
+from wara.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "datasets" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -116,8 +116,7 @@ def arguments(words: list[str]) -> list[str]:
     named = {
         "dataset=DIR": "dataset=path/to/images",
         "backbone.weights=FILE.safetensors": "backbone.weights=FILE.safetensors",
-        "backbone.weights=path/to.safetensors": "backbone.weights=FILE.safetensors",
-        "backbone.name=vit_tiny_patch16_224": "backbone.name=test_vit",
+        "backbone.name=vit_tiny_patch16_224.augreg_in21k_ft_in1k": "backbone.name=test_vit",
     }
     return [named.get(word, word) for word in words[2:]] + ["--set", "data.images=60"]
 
@@ -194,10 +193,14 @@ def test_python_lines_run(block: Block, workplace: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("block", [b for b in ALL if b.language == "yaml"], ids=ids)
-def test_yaml_is_a_card(block: Block, tmp_path: Path) -> None:
-    name = re.search(r"^name: (\w+)", block.text, re.M)[1]  # type: ignore[index]
-    (tmp_path / f"{name}.yaml").write_text(block.text)
-    assert load_card(tmp_path / f"{name}.yaml").name == name
+def test_yaml_is_a_card_or_a_config(block: Block, tmp_path: Path) -> None:
+    name = re.search(r"^name: (\w+)", block.text, re.M)
+    path = tmp_path / f"{name[1] if name else 'config'}.yaml"
+    path.write_text(block.text)
+    if name:
+        assert load_card(path).name == name[1]
+    else:
+        load_config(path)
 
 
 def test_a_method_from_outside_does_all_that_ours_do(workplace: Path) -> None:

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pages
 import pydicom
 import pytest
 from PIL import Image
@@ -23,7 +24,6 @@ from test_images import _tiff, dicom, encode
 from wara.errors import WaraError
 from wara.images import read_image
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "images.md"
 RAMP = np.tile(np.linspace(0, 4095, 64).round().astype("u2"), (8, 1))  # 12 bits, dark to bright
 DARK = np.tile(np.linspace(20, 90, 64).round().astype("u1"), (8, 1))
 
@@ -429,19 +429,12 @@ def rendered() -> str:
     return "\n".join(lines)
 
 
-BEGIN, END = "<!-- begin: made by tests/test_image_kinds.py -->", "<!-- end -->"
+MADE = ("images.md", Path(__file__).name, {"kinds": rendered()})
 
 
 def test_the_page_shows_what_is_tested() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    shown = text.split(BEGIN)[1].split(END)[0].strip()
-    assert shown == rendered(), "python tests/test_image_kinds.py --write"
+    pages.check(*MADE)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", required=True)
-    parser.parse_args()
-    before, after = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    rest = after.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{rendered()}\n\n{END}{rest}", encoding="utf-8")
+if __name__ == "__main__" and "--write" in sys.argv:
+    pages.write(*MADE)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import pytest
 from PIL import Image
 
@@ -24,7 +25,6 @@ from wara.data.sources import open_source
 from wara.data.walk import is_image
 from wara.errors import WaraError, WaraErrors
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "tables.md"
 ABC = ["a.png", "b.png", "c.png"]
 
 
@@ -808,20 +808,14 @@ def render(kind: str) -> str:
     return "\n".join(lines).rstrip()
 
 
-def page() -> str:
-    text = PAGE.read_text(encoding="utf-8")
-    for kind in ("tables", "folders"):
-        begin, end = f"<!-- {kind}: made by tests/test_tables.py -->", f"<!-- end of {kind} -->"
-        before, _, rest = text.partition(begin)
-        assert rest, f"{PAGE} lacks {begin}"
-        text = f"{before}{begin}\n\n{render(kind)}\n\n{end}{rest.partition(end)[2]}"
-    return text
+def made() -> tuple[str, str, dict[str, str]]:
+    parts = {kind: render(kind) for kind in ("tables", "folders")}
+    return "tables.md", Path(__file__).name, parts
 
 
 def test_the_page_shows_what_the_cases_give() -> None:
-    stale = "docs/tables.md is not what the cases give: python tests/test_tables.py --write"
-    assert PAGE.read_text(encoding="utf-8") == page(), stale
+    pages.check(*made())
 
 
 if __name__ == "__main__" and "--write" in sys.argv:
-    PAGE.write_text(page(), encoding="utf-8")
+    pages.write(*made())

@@ -603,7 +603,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr("socket.create_connection", refuse)
-    monkeypatch.setattr("wara.backbones._cached", lambda name: None)
+    monkeypatch.setattr("wara.backbones.hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setenv("WARA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):

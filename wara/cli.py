@@ -106,6 +106,7 @@ def build_parser() -> _Parser:
         ("configs", "list the configs that come with wara", _config_rows),
         ("datasets", "list the data sets that wara knows", _dataset_rows),
         ("methods", "list the methods and their options", _method_rows),
+        ("backbones", "list pretrained backbones by name, beside those of timm", _backbone_rows),
     ]
     for name, text, rows in listings:
         listing = verbs.add_parser(name, help=text, description=f"{text.capitalize()}.")
@@ -253,6 +254,21 @@ def _method_rows() -> Iterable[Sequence[str]]:
         options = ", ".join(f"{key}={json.dumps(v)}" for key, v in method().options().items())
         yield name, method.summary
         yield "", f"  lr: {rates}" + (f"; {options}" if options else "")
+
+
+def _backbone_rows() -> Iterable[Sequence[str]]:
+    from wara.backbones import backbone_cards
+
+    for name, card in backbone_cards().items():
+        mean, std = (", ".join(f"{x:.4g}" for x in three) for three in (card.mean, card.std))
+        yield name, f"{card.title} ({card.modality})"
+        yield (
+            "",
+            f"  {card.architecture}, {card.img_size} px, {card.interpolation}, pool {card.pool}",
+        )
+        yield "", f"  mean {mean}; std {std}"
+        yield "", f"  {card.repo}: {card.how_to_get}"
+        yield "", f"  {card.licence}. {card.citation}"
 
 
 def _check_dataset(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -13,21 +13,39 @@ from wara.schema import Section, from_list
 
 Size = Annotated[tuple[int, int], from_list]
 Channels = Annotated[tuple[float, float, float], from_list]
+Source = Literal["user", "card", "config", "tag", "layout", "package", "assumed"]
+"""Who says what mean and std of the images are, from the surest to the least.
+
+* `user`: `backbone.mean` and `backbone.std`.
+* `card`: the card of a named backbone.
+* `config`: a file beside the weights (`preprocessor_config.json`, `open_clip_config.json`,
+  `config.json`).
+* `tag`: the pretraining tag of the name, or the hub's own weights of that name.
+* `layout`: the training code whose names the tensors of the file have.
+* `package`: the weights that are shipped.
+* `assumed`: nobody; they are those of the model's usual weights.
+"""
 
 
 class BackboneInfo(Section):
     """What a run must know and record about its backbone."""
 
-    name: str = Field(description="timm model name, or wara_nano.")
+    name: str = Field(description="timm model name, hf-hub:owner/name, a card, or wara_nano.")
     requested: str = Field(description="What was asked for, before a substitution offline.")
+    architecture: str = Field(description="timm's name of it.")
     options: dict[str, Any] = Field(description="Arguments of its construction beside the head's.")
+    part: str = Field(description="Where in the file the network lay; empty for the whole file.")
+    pool: str = Field(description="How the tokens become features: token, avg or timm's own.")
     img_size: Size = Field(description="(H, W) of the input in pixels.")
     grid_size: Size = Field(description="(h, w) of the patch tokens.")
     num_prefix_tokens: int = Field(description="Class and register tokens p.")
     embed_dim: int = Field(description="Width of a token.")
     mean: Channels = Field(description="Per channel, of images in [0, 1].")
     std: Channels = Field(description="Per channel, of images in [0, 1].")
+    statistics: Source = Field(description="Who says what mean and std are.")
     interpolation: str = Field(description="How images are resized.")
+    layout: str = Field(description="Whose names the tensors of the file have.")
+    left_out: list[str] = Field(description="Parts of the file that are not used.")
     weights_source: str = Field(description="Where the weights came from, for people.")
     weights_sha256: str = Field(description="Hash of the weights file.")
 

@@ -11,26 +11,70 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PlainSerializer, PlainValidator, ValidationInfo, field_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from wara.adapters import Method, read_method, section_of
 from wara.cards import Augmentation, Bits, Greys, Modality
 from wara.schema import Section, fault
+from wara.vit import Channels
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Option = bool | int | float | str | list[int]
 
 
 class BackboneConfig(Section):
     """The frozen network that is adapted."""
 
-    name: str = Field("wara_nano", min_length=1, description="Any timm ViT, or wara_nano.")
+    name: str = Field(
+        "wara_nano",
+        min_length=1,
+        description="A timm ViT, hf-hub:owner/name, one of `wara backbones`, or wara_nano.",
+    )
     weights: str | None = Field(
         None, description="Path of a local weights file; null fetches or finds the usual ones."
     )
     img_size: int | tuple[int, int] | None = Field(
         None, description="Image side in pixels, or [height, width]; null: the backbone's."
     )
+    part: str | None = Field(
+        None, description="The network to take where the file of weights holds several."
+    )
+    pool: Literal["token", "avg"] | None = Field(
+        None, description="Class token or mean of the patches; null: as the weights imply."
+    )
+    options: dict[str, Option] = Field(
+        {}, description="More arguments of the architecture, by timm's names."
+    )
+    mean: Channels | None = Field(
+        None,
+        description="Of the images of pretraining, in 0..1; null: as is known of the weights.",
+    )
+    std: Channels | None = Field(None, description="Of the images of pretraining, with `mean`.")
+    interpolation: Interpolation | None = Field(
+        None, description="How images are resized; null: what is known of the weights."
+    )
     drop_path_rate: float = Field(0.0, ge=0, lt=1, description="Stochastic depth in the backbone.")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout before the head.")
+
+    @model_validator(mode="after")
+    def _together(self) -> BackboneConfig:
+        if (self.mean is None) != (self.std is None):
+            raise fault("mean and std belong together", "set both, or neither", "mean")
+        if self.std is not None and min(self.std) <= 0:
+            raise fault("std must be above 0", "give the standard deviation per channel", "std")
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what `build_backbone` takes, by its names."""
+        return self.model_dump(exclude={"name"})
 
     @field_validator("img_size", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from wara.adapters import AdapterFile, load_adapter, read_adapter
-from wara.backbones import build_backbone
+from wara.backbones import rebuild
 from wara.config import RunConfig, load_config
 from wara.errors import WaraError
 from wara.images import ImageSpec
@@ -83,13 +83,7 @@ class Run:
                 what = "the backbone's weights are not those of the run"
                 raise WaraError("artefact", what, str(path), remedy)
         try:
-            model, _ = build_backbone(
-                wanted.name,
-                num_classes=len(self.classes),
-                img_size=wanted.img_size,
-                weights=given,
-                offline="error",
-            )
+            model = rebuild(wanted, num_classes=len(self.classes), weights=given)
         except WaraError as error:
             raise WaraError("artefact", error.what, error.where, remedy) from error
         return load_adapter(model, self.folder.adapter, classes=self.classes)

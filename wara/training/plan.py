@@ -7,13 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from wara.adapters import Method, section_of
+from wara.backbones import NANO
 from wara.data.balance import SplitTable
 from wara.data.splits import SPLITS
 from wara.training.setup import Prepared
+from wara.vit import BackboneInfo
 
 PHANTOM_BANNER = (
     "SYNTHETIC DATA: phantoms drawn by code, not patients. Numbers say nothing clinical."
 )
+_SAID = {
+    "user": "as set",
+    "card": "its card",
+    "config": "a file beside the weights",
+    "tag": "the tag of its name",
+    "layout": "the training code whose names the file has",
+    "package": "those of the package",
+    "assumed": "ASSUMED",
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ def describe(run: Prepared) -> Plan:
                 f"{backbone.name}, {height} x {width} px, grid {backbone.grid_size[0]} x "
                 f"{backbone.grid_size[1]}, weights: {_weights(run)}",
             ),
+            *(("", line) for line in _of_weights(backbone)),
             ("method", _method(config.adapter, run.budget)),
             ("trainable", _parameters(run.counts)),
             ("device", run.device.name),
@@ -64,6 +76,19 @@ def describe(run: Prepared) -> Plan:
     )
 
 
+def _of_weights(backbone: BackboneInfo) -> list[str]:
+    """Return what belongs to the weights: statistics of images, pooling, what was left out."""
+    mean, std = (", ".join(f"{x:.4g}" for x in three) for three in (backbone.mean, backbone.std))
+    options = "".join(f", {key} {value}" for key, value in backbone.options.items())
+    lines = [
+        f"images: mean {mean}, std {std} ({_SAID[backbone.statistics]}), {backbone.interpolation}",
+        f"tensors by the names of {backbone.layout}, pool {backbone.pool}{options}",
+    ]
+    if backbone.left_out:
+        lines.append(f"left out of the file: {', '.join(backbone.left_out)}")
+    return lines
+
+
 def _weights(run: Prepared) -> str:
     path = run.config.backbone.weights
     return f"file {path}" if path else run.backbone.weights_source
@@ -74,10 +99,16 @@ def _banners(run: Prepared) -> tuple[str, ...]:
     if run.images.synthetic:
         banners.append(PHANTOM_BANNER)
     asked = run.config.backbone.name
-    if run.backbone.name != asked:
+    if run.backbone.name == NANO != asked:
         banners.append(
             f"backbone '{asked}' is replaced by '{run.backbone.name}', which is shipped with the "
             "package (offline: phantom)."
+        )
+    if run.backbone.statistics == "assumed":
+        banners.append(
+            "mean and std of the images are ASSUMED: nothing says what the weights were trained "
+            "with. Set backbone.mean and backbone.std, or name their tag "
+            f"(backbone.name: {run.backbone.architecture.split('.')[0]}.<tag>)."
         )
     return tuple(banners)
 

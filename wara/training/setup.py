@@ -230,20 +230,19 @@ def prepare(
 
 def _model(config: RunConfig, images: ImageSet) -> tuple[nn.Module, BackboneInfo]:
     wanted = config.backbone
-    name = wanted.name
+    name, arguments = wanted.name, wanted.arguments()
     if images.substituted_for is not None and wanted.weights is None:
         # Phantoms stand in for data that could not be had; the small backbone goes with them, so
         # that the run is the same whether or not some weights happen to be cached.
+        # What was said of the weights is not true of its own.
         name = NANO
+        arguments = {key: arguments[key] for key in ("img_size", "drop_rate", "drop_path_rate")}
     torch.manual_seed(config.seed)
     model, info = build_backbone(
         name,
         num_classes=len(images.card.class_names),
-        img_size=wanted.img_size,
-        weights=wanted.weights,
-        drop_rate=wanted.drop_rate,
-        drop_path_rate=wanted.drop_path_rate,
         offline=config.offline,
+        **arguments,
     )
     torch.manual_seed(config.seed)
     return adapt(model, config.adapter), info
