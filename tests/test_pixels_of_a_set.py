@@ -19,6 +19,7 @@ from wara.errors import WaraError
 from wara.images import ImageSpec, load_array
 from wara.runs.load import load_run
 from wara.training.run import run_here
+from wara.training.setup import prepare
 
 SPEC = ImageSpec((32, 32), (0.5,) * 3, (0.5,) * 3)
 
@@ -135,3 +136,15 @@ def test_a_brighter_image_is_refused_at_prediction(finished: Path, tmp_path: Pat
     Image.fromarray(np.full((32, 32), 5000, "u2")).save(tmp_path / "later.png")
     with pytest.raises(WaraError, match="a grey of 5000, where the data set has 12 bits"):
         load_array(tmp_path / "later.png", load_run(finished / "run").spec)
+
+
+@pytest.mark.parametrize("modality", [None, "dermoscopy", "chest_xray"])
+def test_images_without_a_card_are_augmented_as_the_config_says(
+    modality: str | None, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, data__modality=modality)
+    run = prepare(config, report_dir=None)
+    assert run.images.card.modality == modality
+    assert run.images.card.augment == (modality or "general")
+    said = "modality not known" in " ".join(run.images.notes)
+    assert said == (modality is None)

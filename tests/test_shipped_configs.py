@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wara.cli import main
+from wara.cli import main, read_config
 from wara.config import list_configs
 
 SMALL = ["data.images=60", "epochs=1", "bootstrap=20", "wandb=off"]
@@ -30,3 +30,8 @@ def test_config_runs_on_phantoms(
     entry = metrics["test"]["auc_macro"]
     for number in (entry["value"], entry["low"], entry["high"]):
         assert math.isfinite(number) if number is not None else entry["reason"]
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_configs_say_what_images_show(name: str) -> None:
+    assert name.startswith(str(read_config(name, []).data.modality))
