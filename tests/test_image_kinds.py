@@ -158,6 +158,10 @@ FILES = [
     Kind("BMP", lambda: encode(Image.fromarray(DARK), "BMP"),
          "refused: not a readable PNG, JPEG, TIFF or DICOM"),
     Kind("empty file", lambda: b"", "refused: empty file"),
+    Kind("Git LFS pointer", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+         "refused: a Git LFS pointer, not the image"),
+    Kind("web page called .jpg", lambda: b"<!DOCTYPE html><html></html>",
+         "refused: a web page or XML, not the image"),
     Kind("text", lambda: b"not an image", "refused: not a readable PNG, JPEG, TIFF or DICOM"),
 ]  # fmt: skip
 
@@ -275,6 +279,9 @@ DICOM: dict[str, list[Kind]] = {
         Kind("Rows absent", without("Rows"), "refused: DICOM object without an image"),
         Kind("NumberOfFrames empty", grey(NumberOfFrames=None), STORED),
         Kind("NumberOfFrames 3", grey(NumberOfFrames=3), "refused: DICOM with 3 frames, one is expected"),
+        Kind("no preamble, but a meta header", lambda: grey()()[132:], STORED),
+        Kind("no preamble and no meta header", lambda: bare(grey()()),
+             "refused: the header names no transfer syntax, so pixels cannot be told"),
         Kind("no transfer syntax", lambda: without_syntax(), "refused: the header names no transfer syntax, so pixels cannot be told"),
         Kind("no pixel data", without("PixelData"), "refused: DICOM object without pixel data"),
         Kind("PresentationLUTShape INVERSE with MONOCHROME2", grey(PresentationLUTShape="INVERSE"),
@@ -353,6 +360,12 @@ DICOM: dict[str, list[Kind]] = {
         Kind("VOI LUT in a group", grey(**groups({"VOILUTSequence": lut(4096, 0, 12, root_curve(12))})), "a root curve"),
     ],
 }  # fmt: skip
+
+
+def bare(data: bytes) -> bytes:
+    """What stands after the preamble and the meta header."""
+    (length,) = struct.unpack_from("<I", data, 140)
+    return data[144 + length :]
 
 
 def without_syntax() -> bytes:

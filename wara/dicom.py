@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ GREYS = ("window", "stored", "range")
 """
 
 _MASK = 0xFFFF
+_FIRST_VRS = (b"UL", b"UI", b"CS", b"DA", b"TM", b"SH", b"LO", b"OB")
 _EXPORT = "export it again from the archive"
 _CONVERT = "convert it to PNG, JPEG, TIFF or DICOM"
 # The elements that pixels depend on. Nothing else is parsed, so that neither a warning nor an error
@@ -48,8 +50,15 @@ _ELEMENTS = [
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether the bytes are a DICOM file; the content decides, not the name."""
-    return data[128:132] == b"DICM"
+    """Whether the bytes, or the first 512 of them, are a DICOM file; the name does not matter."""
+    if data[128:132] == b"DICM":
+        return True
+    # Old devices wrote files without the preamble: they begin with the first element itself.
+    group, element = (int.from_bytes(data[at : at + 2], "little") for at in (0, 2))
+    if len(data) < 132 or group not in (2, 8) or element > 0x20:
+        return False
+    length = int.from_bytes(data[4:8], "little")
+    return data[4:6] in _FIRST_VRS or (group == 8 and length % 2 == 0 and 0 < length <= 64)
 
 
 class DicomPicture:
@@ -70,9 +79,10 @@ class DicomPicture:
         self.dataset: Dataset
         import pydicom  # a second of import that PNG users should not pay for
 
-        header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=_ELEMENTS)
-        self._check_header(header, check_size)
-        self.dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=_ELEMENTS)
+        # `force`: `is_dicom` has looked, and the preamble may be missing.
+        read = partial(pydicom.dcmread, specific_tags=_ELEMENTS, force=True)
+        self._check_header(read(io.BytesIO(data), stop_before_pixels=True), check_size)
+        self.dataset = read(io.BytesIO(data))
         self._decode()
 
     def _refuse(self, what: str, remedy: str = _EXPORT) -> WaraError:

@@ -47,6 +47,10 @@ _RESAMPLING = {
 }
 _CONVERT = "convert it to PNG, JPEG, TIFF or DICOM"
 _BITS = "declare bits in the card or data.bits (12 for most detectors), or convert it to 8 bits"
+_NO_IMAGES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the image", "run `git lfs pull` there"),
+    (b"<", "a web page or XML, not the image", "download it again from where it is shown"),
+)
 _COPY = "copy it again from its origin"
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _TIFF_PHOTOMETRIC = 262
@@ -195,6 +199,9 @@ class Opened:
             data, self.where = read_bytes(data), str(source)
         if not data:
             raise WaraError("data", "empty file", self.where, _COPY)
+        for beginning, what, remedy in _NO_IMAGES:
+            if data.lstrip().startswith(beginning):
+                raise WaraError("data", what, self.where, remedy)
         self.picture: Picture | DicomPicture
         with _one_refusal(self.where, "DICOM" if is_dicom(data) else "image"):
             if is_dicom(data):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wara.data.litter import is_viewer, made_by
+from wara.dicom import is_dicom
 from wara.errors import WaraError
 from wara.images import EXTENSIONS
 
@@ -23,7 +24,6 @@ _SIGNATURES = (
     b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  \r\n\x87\n",
 )  # fmt: skip
 _DIRECTORY_CLASS = b"1.2.840.10008.1.3.10\0"
-_FIRST_VRS = (b"UL", b"UI", b"CS", b"DA", b"TM", b"SH", b"LO", b"OB")
 BESIDE = "images beside the class folders"
 
 
@@ -39,23 +39,13 @@ def is_image(path: Path) -> bool:
         OSError: when it cannot be read.
     """
     head = _head(path)
-    return head.startswith(_SIGNATURES) or _is_dicom(head)
+    # The directory of a disc is DICOM without pixels.
+    return head.startswith(_SIGNATURES) or (is_dicom(head) and _DIRECTORY_CLASS not in head)
 
 
 def _head(path: Path) -> bytes:
     with open(path, "rb") as stream:
         return stream.read(512)
-
-
-def _is_dicom(head: bytes) -> bool:
-    if head[128:132] == b"DICM":
-        return _DIRECTORY_CLASS not in head  # the directory of a disc has no pixels
-    # Old devices wrote files without the preamble: they begin with the first element itself.
-    group, element = (int.from_bytes(head[at : at + 2], "little") for at in (0, 2))
-    if len(head) < 132 or group not in (2, 8) or element > 0x20:
-        return False
-    length = int.from_bytes(head[4:8], "little")
-    return head[4:6] in _FIRST_VRS or (group == 8 and length % 2 == 0 and 0 < length <= 64)
 
 
 class Walk:
@@ -148,7 +138,7 @@ class Walk:
             return False
 
     def _holds_dicom(self, path: Path) -> bool:
-        return self._is_image(path) and _is_dicom(_head(path))
+        return self._is_image(path) and is_dicom(_head(path))
 
     def _leave(self, name: str) -> None:
         ending = Path(name).suffix.lower()
