@@ -160,6 +160,12 @@ class Card(Section):
     group_column: str | None = Field(
         None, description="Column of the table that names the patient; null: `patient`, if there."
     )
+    intended_use: str | None = Field(
+        None, description="What a model of these images may be used for, and by whom."
+    )
+    limits: str | None = Field(
+        None, description="Whom the images do not show, and what a model must not be used for."
+    )
     known_leakage: str = Field("", description="Known overlap between splits and other traps.")
     phantom: str | None = Field(
         None, description="Phantom card that stands in when the images cannot be had."

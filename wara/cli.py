@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wara.deploy.verbs import VERBS
 from wara.errors import WaraError, as_refusal, suggest
 
 if TYPE_CHECKING:
@@ -101,6 +102,15 @@ def build_parser() -> _Parser:
     )
     _add_train_arguments(train)
     train.set_defaults(verb=_train, parser=train)
+
+    for word in VERBS:
+        parsed = verbs.add_parser(
+            word.name, help=word.help, description=f"{word.help.capitalize()}."
+        )
+        word.add_arguments(parsed)
+        _add_help(parsed)
+        parsed.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        parsed.set_defaults(verb=word.call, parser=parsed)
 
     listings: list[tuple[str, str, Callable[[], Iterable[Sequence[str]]]]] = [
         ("configs", "list the configs that come with wara", _config_rows),

@@ -34,11 +34,12 @@ _CONVERT = "convert it to PNG, JPEG, TIFF or DICOM"
 # The elements that pixels depend on. Nothing else is parsed, so that neither a warning nor an error
 # can carry a patient's name into a log.
 _ELEMENTS = [
-    "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows",
-    "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
-    "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleIntercept", "RescaleSlope",
-    "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence",
-    "PresentationLUTShape", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "SOPInstanceUID", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
+    "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleIntercept",
+    "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
+    "VOILUTSequence", "PresentationLUTShape",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     *(
         f"{segmented}{colour}PaletteColorLookupTable{part}"
         for colour in ("Red", "Green", "Blue")
@@ -185,6 +186,11 @@ class DicomPicture:
         if self.photometric == "MONOCHROME2" and shape == "INVERSE":
             raise self._refuse("MONOCHROME2 and PresentationLUTShape INVERSE contradict each other")
         self.stored: np.ndarray = stored
+
+    @property
+    def uid(self) -> str | None:
+        """The SOP Instance UID, which names the object and no patient."""
+        return str(self.dataset.get("SOPInstanceUID") or "") or None
 
     @property
     def windowed(self) -> bool:

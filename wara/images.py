@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import stat
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -220,6 +221,11 @@ class Opened:
         dicom = isinstance(self.picture, DicomPicture) and self.picture.grey
         return self.picture.windowed if dicom else None  # type: ignore[union-attr]
 
+    @property
+    def uid(self) -> str | None:
+        """The SOP Instance UID of a DICOM object; None for all others."""
+        return self.picture.uid if isinstance(self.picture, DicomPicture) else None
+
     def rgb(self, bits: int | None = None, greys: str = "window") -> np.ndarray:
         """Return the picture, uint8 `[H, W, 3]`; see `read_image`."""
         if isinstance(self.picture, Picture):
@@ -257,7 +263,10 @@ def read_bytes(path: str | Path) -> bytes:
         WaraError: kind "data" when the file is missing, not readable or too large.
     """
     try:
-        size = Path(path).stat().st_size
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            raise WaraError("data", "not a regular file", str(path), "give the file itself")
+        size = status.st_size
         if size > BYTE_CAP:
             raise WaraError(
                 "data",

@@ -1,0 +1,366 @@
+"""From files to rows: three ways give the same, nothing is lost, what was said is recorded."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from test_images import dicom
+
+import wara
+from wara.cli import main
+from wara.deploy.inputs import expand
+from wara.deploy.predictor import Predictor
+from wara.deploy.trace import verify_trace
+from wara.errors import WaraError
+from wara.images import Opened, normalise, to_tensor
+from wara.runs.load import load_run
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of several kinds, one of them damaged."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(9):
+        grey = rng.integers(0, 255, (30 + i, 40), dtype=np.uint8)
+        Image.fromarray(grey).save(folder / f"{i}.png")
+    (folder / "6.png").write_bytes((folder / "6.png").read_bytes()[:200])
+    data = dicom(rng.integers(0, 4096, (32, 32)).astype("u2"), BitsStored=12)
+    (folder / "study").mkdir()
+    (folder / "study" / "object").write_bytes(data)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def rows(path: Path, *without: str) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
+
+
+def program(bundle: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the program of a bundle as a hospital does: no wara on the path but its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
+    command = [sys.executable, "-I", str(bundle / "infer.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_three_ways_give_the_same_rows(bundle: Path, images: Path, tmp_path: Path) -> None:
+    done = program(bundle, str(images), "--out", str(tmp_path / "a.csv"))
+    assert done.returncode == 3 and "1 of 10 images could not be read" in done.stderr
+    said = main(["predict", str(bundle), str(images), "--out", str(tmp_path / "b.csv"), "--quiet"])
+    assert said == 3
+    mine = [p.row for p in Predictor(bundle).predict(expand([str(images)]).paths)]
+    assert rows(tmp_path / "a.csv", "milliseconds") == rows(tmp_path / "b.csv", "milliseconds")
+    text = [
+        {k: "" if v is None else str(v).lower() if isinstance(v, bool) else str(v)
+         for k, v in row.items() if k != "milliseconds"}
+        for row in mine
+    ]  # fmt: skip
+    assert text == rows(tmp_path / "a.csv", "milliseconds")
+    assert not list(bundle.rglob("*.pyc"))
+
+
+def test_the_program_uses_the_files_of_its_bundle(bundle: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['infer.py']; sys.path.insert(0, sys.argv[0]);"
+        f"import runpy; m = runpy.run_path({str(bundle / 'infer.py')!r});"
+        "m['_own_package'](); import wara.images, wara.deploy.predictor;"
+        "print(wara.images.__file__); print(wara.deploy.predictor.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    found = done.stdout.split()
+    assert found == [str(bundle / "images.py"), str(bundle / "wara/deploy/predictor.py")]
+    own = Path(wara.__file__).parent / "images.py"
+    assert own.read_bytes() == (bundle / "images.py").read_bytes()
+
+
+def test_predictions_are_those_of_the_run(bundle: Path) -> None:
+    """The rows say of the run's test images what its table says, but for the temperature."""
+    run = load_run(bundle.parent / "run")
+    table = run.predictions("test")
+    folder = bundle.parent / "data"
+    predictor = Predictor(bundle)
+    found = list(predictor.predict([folder / file for file in table.files]))
+    logits = np.stack([p.logits for p in found if p.logits is not None])
+    np.testing.assert_allclose(logits, table.predictions.logits, atol=1e-4)
+    scaled = torch.tensor(table.predictions.logits) / predictor.bundle.manifest["temperature"]
+    probs = torch.softmax(scaled.double(), -1).numpy()
+    for row, wanted in zip((p.row for p in found), probs, strict=True):
+        said = [row[f"prob_{name}"] for name in predictor.classes]
+        np.testing.assert_allclose(said, wanted, atol=1e-4)
+        assert row["prediction"] == predictor.classes[int(wanted.argmax())]
+        limit = predictor.bundle.manifest["operating_point"]["threshold"]
+        assert row["decision"] == ("positive" if wanted[2] >= limit else "negative")
+
+
+def kinds(folder: Path) -> list[Path]:
+    """One image of every kind that changes on its way to the network."""
+    rng = np.random.default_rng(1)
+    grey = np.linspace(0, 4095, 128 * 96).reshape(128, 96).astype("u2")
+    colour = rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(folder / "colour.png")
+    Image.fromarray(colour).save(folder / "photo.jpg", quality=90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(colour).save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(colour[..., 0].astype("u2") << 4).save(folder / "deep.png")
+    window: dict[str, Any] = {"WindowCenter": 2000, "WindowWidth": 1500}
+    for name, tags in (
+        ("mono2.dcm", {}),
+        ("mono1.dcm", {"PhotometricInterpretation": "MONOCHROME1"}),
+        ("window.dcm", window),
+    ):
+        (folder / name).write_bytes(dicom(grey, BitsStored=12, **tags))
+    for name, syntax in (("rle.dcm", pydicom.uid.RLELossless),
+                         ("j2k.dcm", pydicom.uid.JPEG2000Lossless)):  # fmt: skip
+        dataset = pydicom.dcmread(io.BytesIO(dicom(grey, BitsStored=12, **window)))
+        dataset.compress(syntax)
+        dataset.save_as(folder / name)
+    return sorted(folder.iterdir())
+
+
+def test_training_prediction_and_hospital_see_the_same_tensor(bundle: Path, tmp_path: Path) -> None:
+    predictor = Predictor(bundle)
+    spec = predictor.spec
+    for path in kinds(tmp_path):
+        spec = predictor.spec if path.name != "deep.png" else predictor.spec.__class__(
+            **{**predictor.spec.__dict__, "bits": 12}
+        )  # fmt: skip
+        trained = to_tensor(Opened(path).array(spec), spec).numpy()
+        predictor.spec = spec
+        mine = predictor.read(path).pixels
+        assert mine is not None and np.array_equal(trained, mine)
+        code = (
+            "import sys, runpy, numpy as np;"
+            f"m = runpy.run_path({str(bundle / 'infer.py')!r}); m['_own_package']();"
+            "from wara.images import ImageSpec, load_array, normalise;"
+            f"s = ImageSpec({spec.size}, {spec.mean}, {spec.std}, {spec.interpolation!r}, "
+            f"{spec.bits}, {spec.greys!r});"
+            f"sys.stdout.buffer.write(normalise(load_array({str(path)!r}, s), s).tobytes())"
+        )
+        done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True)
+        assert done.stdout == trained.tobytes(), path.name
+    assert normalise(Opened(path).array(spec), spec).dtype == np.float32
+
+
+# -- what is named ------------------------------------------------------------------------------
+
+
+def test_files_folders_patterns_and_lists(images: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{images / '3.png'}\n\n{images / '1.png'}\n")
+    assert [p.name for p in expand([f"@{listed}"]).paths] == ["3.png", "1.png"]
+    assert [p.name for p in expand([str(images / "[0-2].png")]).paths] == [
+        "0.png",
+        "1.png",
+        "2.png",
+    ]
+    found = expand([str(images / "2.png"), str(images)])
+    assert [p.name for p in found.paths][:3] == ["2.png", "0.png", "1.png"]
+    assert len(found.paths) == 10 and found.paths[-1].name == "object"
+    assert found.notes == [f"{images}: left out: 1 .txt"]
+
+
+@pytest.mark.parametrize("words", [[], ["@nothing.txt"], ["empty"], ["*.nothing"]])
+def test_nothing_to_predict_is_a_usage_fault(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    os.chdir(tmp_path)
+    with pytest.raises(WaraError) as caught:
+        expand(words)
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_that_is_not_there_is_a_row(bundle: Path, tmp_path: Path) -> None:
+    (one,) = Predictor(bundle).predict([tmp_path / "gone.png"])
+    assert one.row["error"].startswith("no such file") and one.row["prediction"] is None
+
+
+def test_a_pipe_is_refused_and_not_waited_for(bundle: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (one,) = Predictor(bundle).predict([tmp_path / "pipe.png"])
+    assert one.row["error"].startswith("not a regular file")
+
+
+# -- rows on disk -------------------------------------------------------------------------------
+
+
+def predict(bundle: Path, *words: Any) -> int:
+    return main(["predict", str(bundle), *map(str, words), "--quiet"])
+
+
+def test_the_forms_hold_the_same(bundle: Path, images: Path, tmp_path: Path) -> None:
+    for form in ("csv", "jsonl", "json"):
+        assert predict(bundle, images, "--out", tmp_path / f"x.{form}", "--allow-partial") == 0
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    whole = json.loads((tmp_path / "x.json").read_text())
+    for row in (*lines, *whole):
+        row.pop("milliseconds")
+    assert lines == whole and len(whole) == 10
+    first = rows(tmp_path / "x.csv")[0]
+    assert float(first["prob_calm"]) == whole[0]["prob_calm"] and first["abstain"] in (
+        "true",
+        "false",
+    )
+
+
+def test_a_call_that_was_stopped_goes_on(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert predict(bundle, images, "--out", tmp_path / "whole.csv", "--allow-partial") == 0
+    seen: list[int] = []
+    real = Predictor.run
+
+    def stops(self: Predictor, pixels: np.ndarray) -> Any:
+        seen.append(len(pixels))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(self, pixels)
+
+    out = tmp_path / "rows.csv"
+    words = [images, "--out", out, "--allow-partial", "--batch-size", 2]
+    monkeypatch.setattr(Predictor, "run", stops)
+    assert predict(bundle, *words) == 130
+    assert not out.exists()
+    monkeypatch.undo()
+    with (tmp_path / ".rows.csv.part").open("a") as file:
+        file.write('{"file": "cut sho')
+    assert predict(bundle, *words, "--resume") == 0
+    assert rows(out, "milliseconds") == rows(tmp_path / "whole.csv", "milliseconds")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_cannot_be_resumed(bundle: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    assert predict(bundle, images, "--out", out, "--resume") == 2
+    (tmp_path / ".rows.csv.part").write_text('{"model": "another"}\n')
+    assert predict(bundle, images, "--out", out, "--resume") == 2
+
+
+@pytest.mark.parametrize("option", ["--out", "--trace", "--dicom-sr"])
+def test_nothing_is_written_into_a_bundle(
+    bundle: Path, images: Path, tmp_path: Path, option: str
+) -> None:
+    words = [images, option, bundle / "rows.csv"]
+    words += [] if option == "--out" else ["--out", tmp_path / "rows.csv"]
+    assert predict(bundle, *words) == 2
+
+
+def test_no_place_for_the_rows(bundle: Path, images: Path, tmp_path: Path) -> None:
+    assert predict(bundle, images) == 2
+    assert predict(bundle, images, "--out", tmp_path / "no" / "rows.csv") == 5
+
+
+# -- abstaining ---------------------------------------------------------------------------------
+
+
+def test_what_is_unlike_the_training_images_is_abstained_on(bundle: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "black.png")
+    (one,) = Predictor(bundle).predict([tmp_path / "black.png"])
+    assert one.row["ood_percentile"] == 100.0 and one.row["abstain"] is True
+    assert one.row["abstain_reason"] == "unlike the training images"
+    (one,) = Predictor(bundle, abstain_on=()).predict([tmp_path / "black.png"])
+    assert one.row["abstain"] is False
+
+
+def test_conformal_sets_and_ambiguity(bundle: Path) -> None:
+    predictor = Predictor(bundle, abstain_on=("ambiguous",))
+    limit = predictor.reliability["conformal"]["threshold"]
+    features = np.zeros(64, np.float32)
+    for logits in (np.array([9.0, 0, 0]), np.array([1.0, 1.0, 1.0]), np.array([3.0, 2.9, -9])):
+        said = predictor.judge(logits, features)
+        probs = predictor.probabilities(logits)
+        wanted = [c for c, p in zip(predictor.classes, probs, strict=True) if p >= 1 - limit]
+        assert said["conformal_set"] == "|".join(wanted)
+        assert said["abstain"] is (len(wanted) != 1)
+
+
+def test_an_unknown_reason_to_abstain(bundle: Path) -> None:
+    with pytest.raises(WaraError, match="no reason 'x' to abstain") as caught:
+        Predictor(bundle, abstain_on=("x",))
+    assert caught.value.exit_code == 2
+
+
+# -- traces -------------------------------------------------------------------------------------
+
+
+def test_a_trace_records_what_was_said_without_names(bundle: Path, tmp_path: Path) -> None:
+    private = tmp_path / "MUELLER_Erika_19500101"
+    private.mkdir()
+    tags = {"PatientName": "MUELLER^Erika", "PatientID": "4711", "PatientBirthDate": "19500101"}
+    pixels = np.random.default_rng(0).integers(0, 4096, (32, 32)).astype("u2")
+    (private / "a.dcm").write_bytes(dicom(pixels, BitsStored=12, **tags))
+    (private / "b.dcm").write_bytes(dicom(pixels, BitsStored=12, **tags)[:-900])
+    trace = tmp_path / "trace.jsonl"
+    words = [private, "--out", tmp_path / "rows.csv", "--trace", trace, "--allow-partial"]
+    assert predict(bundle, *words) == 0
+    assert predict(bundle, *words) == 0  # a second call goes on with the chain
+    text = trace.read_text()
+    for secret in ("MUELLER", "Erika", "4711", "19500101", "a.dcm", str(private)):
+        assert secret not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["kind"] for line in lines] == ["open", "prediction", "prediction", "close"] * 2
+    uid = pydicom.dcmread(private / "a.dcm").SOPInstanceUID
+    assert lines[1]["sop_instance_uid"] == uid and lines[1]["probabilities"]["calm"] is not None
+    assert lines[2]["error"].startswith("data: ")
+    assert main(["verify", str(trace)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [*lines[:2], lines[2].replace('"kind"', '"kinD"'), *lines[3:]], "line 3"),
+        (lambda lines: [*lines[:2], *lines[3:]], "before line 3 a line was removed"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "before line 2 a line"),
+        (lambda lines: [*lines[:3], lines[2], *lines[3:]], "before line 4 a line"),
+        (lambda lines: [lines[0].replace("false", "true", 1), *lines[1:]], "line 1 was changed"),
+        (lambda lines: [*lines, "{}"], "line 6 is no line of a trace"),
+    ],
+)  # fmt: skip
+def test_a_trace_that_is_not_whole_names_the_line(
+    change: Any, said: str, bundle: Path, images: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    words = [images / "0.png", images / "1.png", images / "2.png"]
+    assert predict(bundle, *words, "--out", tmp_path / "x.csv", "--trace", trace) == 0
+    trace.write_text("\n".join(change(trace.read_text().splitlines())) + "\n")
+    with pytest.raises(WaraError, match=said):
+        verify_trace(trace)
+    assert main(["verify", str(trace)]) == 4
+    assert predict(bundle, *words, "--out", tmp_path / "y.csv", "--trace", trace) == 4
+
+
+def test_memory_does_not_grow_with_the_number_of_files(bundle: Path, images: Path) -> None:
+    """Readings ahead of the network are a window, not the whole list."""
+    alive: list[int] = []
+
+    class Counted(Predictor):
+        def read(self, source: Path) -> Any:
+            alive.append(1)
+            return super().read(source)
+
+    predictor = Counted(bundle)
+    for done, _ in enumerate(predictor.predict([images / "0.png"] * 100, batch_size=4)):
+        assert len(alive) <= done + 1 + 3 * 4
+
+
+def test_a_synthetic_model_says_so(bundle: Path, images: Path, tmp_path: Path) -> None:
+    from test_bundle import reseal
+
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    reseal(copy, synthetic=True)
+    done = program(copy, str(images / "0.png"), "--out", str(tmp_path / "x.csv"))
+    assert done.returncode == 0 and "SYNTHETIC" in done.stderr
+    assert rows(tmp_path / "x.csv")[0]["synthetic"] == "true"

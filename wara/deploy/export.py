@@ -1,0 +1,326 @@
+"""From a run to a bundle: the trained model, and everything that is needed to answer for it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+
+import wara
+from wara.data.imageset import ImageSet
+from wara.data.sources import open_source
+from wara.deploy import card, parity
+from wara.deploy.bundle import FORMAT, MANIFEST, VERSION, canonical, describe_files, seal
+from wara.deploy.graph import export_onnx, plain, quantise
+from wara.deploy.operating import operating_point
+from wara.deploy.predictor import session
+from wara.deploy.reliability import Scored, feature_statistics, reliability, temperature_of
+from wara.errors import WaraError
+from wara.images import ImageSpec, load_array, normalise
+from wara.runs.load import Run, load_run
+from wara.runs.provenance import utc_now
+from wara.storage import storage_error
+
+# What a bundle is run by, in the folder `wara` of a bundle but for the two that people look for.
+SHIPPED = (
+    "errors.py", "storage.py", "dicom.py", "data/litter.py", "data/walk.py", "deploy/bundle.py",
+    "deploy/inputs.py", "deploy/onnx_check.py", "deploy/output.py", "deploy/predictor.py",
+    "deploy/sr.py", "deploy/trace.py",
+)  # fmt: skip
+AT_THE_TOP = ("images.py", "deploy/infer.py")
+REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "pydicom")
+_BATCH = 16
+_INT8_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of an export.
+
+    Args:
+        positive: classes that count as positive.
+        sensitivity: that the operating point must reach on validation images.
+        specificity: the same; one of the two, or none.
+        int8: whether to quantise.
+        weights: where the backbone's weights lie now, if not where the run found them.
+    """
+
+    positive: Sequence[str] = ()
+    sensitivity: float | None = None
+    specificity: float | None = None
+    int8: bool = False
+    weights: Path | None = None
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    wish: Wish | None = None,
+    *,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the bundle of a finished run.
+
+    Args:
+        run: its folder.
+        out: the new folder; it must not exist.
+        wish: what is asked of it.
+        say: told what is done.
+
+    Returns:
+        `out`.
+
+    Raises:
+        WaraError: kind "config" when something asked for cannot be had, "artefact" when run,
+            weights or images are not those of the training, or the exported model says something
+            else; nothing is left then.
+    """
+    wish, out = wish or Wish(), Path(out)
+    if out.exists():
+        what = "there is something already"
+        raise WaraError("usage", what, str(out), "choose another --out, or remove it")
+    found = load_run(run)
+    _check(found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        folder = Path(temporary) / "bundle"
+        folder.mkdir()
+        _Export(found, folder, wish, say).write()
+        try:
+            folder.rename(out)
+        except OSError as error:
+            raise storage_error(error, out) from error
+    return out
+
+
+def _check(run: Run) -> None:
+    if run.backbone.statistics == "assumed":
+        what = "mean and std of the images were assumed in this run"
+        remedy = "train again with backbone.mean and backbone.std, or with the tag of the weights"
+        raise WaraError("config", what, "backbone.mean, backbone.std", remedy)
+
+
+class _Export:
+    """The steps of one export, in order."""
+
+    def __init__(self, run: Run, folder: Path, wish: Wish, say: Callable[[str], None]) -> None:
+        self.run, self.folder, self.wish, self.say = run, folder, wish, say
+        self.images = _images_of(run)
+        self.splits = _indices(run, self.images)
+
+    def write(self) -> None:
+        run = self.run
+        served, merged = plain(run.model(self.wish.weights))
+        self.say("writing the graph")
+        path = self.folder / "model.onnx"
+        export_onnx(served, run.spec.size, path)
+        size = {"float32_bytes": path.stat().st_size}
+        if self.wish.int8:
+            self.say("quantising, calibrated on training images")
+            quantise(path, self._batches(self.splits["train"][:_INT8_IMAGES]))
+            size["int8_bytes"] = path.stat().st_size
+        tensors = {k: v.contiguous() for k, v in served.state_dict().items()}
+        save_file(tensors, self.folder / "model.safetensors")
+        self.say("scoring training, validation and test images with it")
+        scored = {name: self._score(path, indices) for name, indices in self.splits.items()}
+        certificate = parity.certify(
+            {name: self._compare(name, scored[name]) for name in ("val", "test")},
+            int8=self.wish.int8,
+        )
+        temperature, why = temperature_of(scored["val"])
+        statistics = feature_statistics(scored["train"])
+        trusted = reliability(scored["val"], scored["test"], statistics, temperature, run.task)
+        (self.folder / "reliability.npz").write_bytes(statistics)
+        (self.folder / "reliability.json").write_bytes(canonical(trusted))
+        point = operating_point(
+            scored["val"], scored["test"], run.classes, run.task, temperature,
+            positive=self.wish.positive, sensitivity=self.wish.sensitivity,
+            specificity=self.wish.specificity, bootstrap=run.config.bootstrap,
+        )  # fmt: skip
+        self._write_code()
+        self._write_reference(path)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "wara": wara.__version__,
+            "created": utc_now(),
+            "name": run.metrics["dataset"] + "_" + run.metrics["method"],
+            "synthetic": run.synthetic,
+            "task": run.task,
+            "classes": [
+                {"name": info.name, "meaning": info.meaning or None}
+                for info in self.images.card.classes
+            ],
+            "input": _input(run),
+            "model": {
+                "file": "model.onnx",
+                "precision": "int8" if self.wish.int8 else "float32",
+                "inputs": {"images": ["batch", 3, *run.spec.size]},
+                "outputs": {"logits": ["batch", len(run.classes)],
+                            "features": ["batch", int(scored["val"].features.shape[1])]},
+                "merged": merged,
+                **size,
+            },
+            "temperature": temperature,
+            "temperature_reason": why,
+            "operating_point": point,
+            "reliability": {"file": "reliability.json", "rates": trusted["rates"]},
+            "parity": certificate,
+            "backbone": run.backbone.model_dump(mode="json"),
+            "method": {"name": run.adapter.method, "options": run.adapter.options,
+                       "adapter_params": run.metrics["adapter_params"],
+                       "head_params": run.metrics["head_params"]},
+            "metrics": {name: run.metrics[name] for name in ("val", "test")},
+            "data": self._data(),
+            "versions": run.provenance["versions"],
+            "commit": run.provenance["commit"],
+            "intended_use": self.images.card.intended_use or "not given",
+            "limits": self.images.card.limits or "not given",
+            "licence_of_images": self.images.card.licence or "not given",
+            "parent": None,
+        }  # fmt: skip
+        (self.folder / "MODEL_CARD.md").write_text(card.markdown(manifest), encoding="utf-8")
+        manifest["files"] = describe_files(self.folder)
+        (self.folder / MANIFEST).write_bytes(canonical(seal(manifest)))
+        self.say(
+            f"parity: {certificate['images']} images, largest difference of a logit "
+            f"{certificate['largest_difference']:.2g}, {certificate['flipped']} decisions changed"
+        )
+
+    def _batches(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        spec = self.run.spec
+        for start in range(0, len(indices), _BATCH):
+            chosen = indices[start : start + _BATCH]
+            yield np.stack([normalise(self.images.array(i, spec), spec) for i in chosen])
+
+    def _score(self, path: Path, indices: Sequence[int]) -> Scored:
+        ready = session(path.read_bytes(), path.name)
+        outputs = [ready.run(["logits", "features"], {"images": b}) for b in self._batches(indices)]
+        logits, features = (
+            np.concatenate([pair[k] for pair in outputs]) if outputs else np.zeros((0, 1))
+            for k in (0, 1)
+        )
+        patients = [self.images.records[i].patient for i in indices]
+        return Scored(self.images.labels[list(indices)], logits, features, patients)
+
+    def _compare(self, split: str, scored: Scored) -> dict[str, Any]:
+        table = self.run.predictions(split)
+        return parity.compare(
+            scored.labels, table.predictions.logits, scored.logits, task=self.run.task,
+            classes=self.run.classes,
+        )  # fmt: skip
+
+    def _data(self) -> dict[str, Any]:
+        """What the model learnt from, without a path or a name of a file."""
+        data = self.run.provenance["data"]
+        card_ = self.images.card
+        return {
+            "name": self.run.metrics["dataset"],
+            "title": card_.title,
+            "modality": card_.modality,
+            "images": {name: len(indices) for name, indices in self.splits.items()},
+            "sha256": data["sha256"],
+            "substituted_for": data["substituted_for"],
+        }
+
+    # -- what travels ---------------------------------------------------------------------------
+
+    def _write_code(self) -> None:
+        package = Path(wara.__file__).parent
+        for name in SHIPPED:
+            target = self.folder / "wara" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(package / name, target)
+        for name in AT_THE_TOP:
+            shutil.copyfile(package / name, self.folder / Path(name).name)
+        lines = [f"{name}=={metadata.version(name)}" for name in REQUIREMENTS]
+        (self.folder / "requirements.txt").write_text("\n".join(lines) + "\n")
+        (self.folder / "Dockerfile").write_text(_DOCKERFILE)
+
+    def _write_reference(self, path: Path) -> None:
+        """Inputs drawn by code, and what the model says of them here."""
+        folder, spec = self.folder / "reference", self.run.spec
+        folder.mkdir()
+        names = []
+        for number, size in enumerate(((64, 64), (97, 140), (300, 211))):
+            names.append(f"{number}.png")
+            Image.fromarray(_drawn(number, size)).save(folder / names[-1])
+        pixels = np.stack([normalise(load_array(folder / n, spec), spec) for n in names])
+        ready = session(path.read_bytes(), path.name)
+        (logits,) = ready.run(["logits"], {"images": pixels})
+        content = {"images": names, "logits": [[float(x) for x in row] for row in logits]}
+        (folder / "reference.json").write_bytes(canonical(content))
+
+
+_DOCKERFILE = """\
+FROM python:3.12-slim
+COPY . /bundle
+RUN pip install --no-cache-dir -r /bundle/requirements.txt
+ENTRYPOINT ["python", "/bundle/infer.py"]
+"""
+
+
+def _drawn(seed: int, size: tuple[int, int]) -> np.ndarray:
+    """Return a picture of smooth and fine structure, uint8 `[h, w, 3]`."""
+    rng = np.random.default_rng(seed)
+    down, across = np.mgrid[: size[0], : size[1]] / 40
+    waves = [np.sin(a * down + b * across + c) for a, b, c in rng.uniform(0, 3, (3, 3))]
+    picture = 128 + 60 * np.dstack(waves) + rng.normal(0, 15, (*size, 3))
+    return np.asarray(np.clip(picture, 0, 255), np.uint8)
+
+
+def _input(run: Run) -> dict[str, Any]:
+    spec: ImageSpec = run.spec
+    return {
+        "size": list(spec.size),
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": spec.interpolation,
+        "bits": spec.bits,
+        "greys": spec.greys,
+        "statistics": run.backbone.statistics,
+    }
+
+
+def _images_of(run: Run) -> ImageSet:
+    config = run.config
+    images = open_source(
+        config.dataset,
+        cache=config.data.cache,
+        offline=config.offline,
+        seed=config.data.split_seed,
+        images=config.data.images,
+        modality=config.data.modality,
+    )
+    images.declare(run.spec.bits, run.spec.greys)
+    if images.synthetic != run.synthetic or images.card.class_names != run.classes:
+        raise _others("the images found now are not those of the run", config.dataset)
+    return images
+
+
+def _indices(run: Run, images: ImageSet) -> dict[str, list[int]]:
+    """Return the records of each split, checked to be the very images of the run."""
+    known = {record.file: index for index, record in enumerate(images.records)}
+    found: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    images.survey(run.spec)
+    for row in run.splits():
+        index = known.get(row.file)
+        if index is None:
+            raise _others(f"the image {row.file} is gone", run.config.dataset)
+        if images.sha256(index) != row.sha256:
+            raise _others(f"the image {row.file} was changed", run.config.dataset)
+        found[row.split].append(index)
+    return found
+
+
+def _others(what: str, where: str) -> WaraError:
+    remedy = "bring back the images that the run was trained on, or train again"
+    return WaraError("artefact", what, where, remedy)

@@ -1,0 +1,90 @@
+"""The operating point of a bundle: what is positive, from which score on, and what it is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from wara.deploy.predictor import positive_score
+from wara.deploy.reliability import Scored
+from wara.errors import WaraError, suggest
+from wara.evaluation.calibration import to_probs
+from wara.evaluation.decisions import choose_threshold, decision_measures, is_positive
+
+
+def operating_point(
+    val: Scored,
+    test: Scored,
+    classes: Sequence[str],
+    task: str,
+    temperature: float,
+    *,
+    positive: Sequence[str],
+    sensitivity: float | None,
+    specificity: float | None,
+    bootstrap: int,
+) -> dict[str, Any] | None:
+    """Choose a threshold on validation images, and measure it on validation and test images.
+
+    Args:
+        val: validation images.
+        test: test images.
+        classes: names of the outputs.
+        task: see `to_probs`.
+        temperature: of the probabilities.
+        positive: classes that count as positive; for binary tasks the second by default.
+        sensitivity: asked for.
+        specificity: asked for; without either there is no operating point.
+        bootstrap: resamples of the intervals.
+
+    Returns:
+        What was asked, the threshold of the score, and the measures; None when none was asked for.
+
+    Raises:
+        WaraError: kind "config" for an unknown class, or when no threshold reaches what was asked.
+    """
+    if sensitivity is None and specificity is None:
+        if positive:
+            remedy = "give --sensitivity or --specificity too"
+            raise WaraError("config", "--positive alone sets no threshold", "", remedy)
+        return None
+    if sensitivity is not None and specificity is not None:
+        raise WaraError("config", "sensitivity and specificity", "", "ask for one of the two")
+    asked = sensitivity if specificity is None else specificity
+    if not 0 < float(asked or 0) <= 1:
+        raise WaraError("config", f"{asked} is no share", "", "give a number above 0, at most 1")
+    chosen = list(positive) or (list(classes[1:]) if task == "binary" else [])
+    if not chosen:
+        what = "which classes are positive?"
+        raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")
+    for name in chosen:
+        if name not in classes:
+            remedy = suggest(name, classes)
+            raise WaraError("config", f"no class '{name}'", "--positive", remedy)
+    if set(chosen) == set(classes) and task != "multilabel":
+        raise WaraError("config", "every class is positive", "--positive", "leave one out")
+    index = [classes.index(name) for name in chosen]
+    scored = {
+        name: (
+            positive_score(to_probs(part.logits, task=task, temperature=temperature), index, task),
+            is_positive(part.labels, index),
+        )
+        for name, part in (("validation", val), ("test", test))
+        if len(part.labels)
+    }
+    threshold = choose_threshold(
+        *scored["validation"], sensitivity=sensitivity, specificity=specificity
+    )
+    patients = {"validation": val.patients, "test": test.patients}
+    measures = {
+        name: decision_measures(
+            truth, scores >= threshold, patients=patients[name], bootstrap=bootstrap, seed=0
+        )
+        for name, (scores, truth) in scored.items()
+    }
+    return {
+        "positive": chosen,
+        "asked": {"sensitivity": sensitivity, "specificity": specificity},
+        "threshold": threshold,
+        **measures,
+    }

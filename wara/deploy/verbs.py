@@ -1,0 +1,90 @@
+"""What `wara export`, `predict`, `evaluate`, `calibrate` and `verify` take, and whom they call."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from wara.deploy import infer
+
+
+class Verb(NamedTuple):
+    """A verb of the command line."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    call: Callable[[argparse.Namespace], None]
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the new folder")
+    parser.add_argument("--onnx", action="store_true", help="write ONNX (always done)")
+    parser.add_argument("--int8", action="store_true", help="quantise the matrix products")
+    _point_arguments(parser)
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="where the backbone's weights lie now"
+    )
+
+
+def _point_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--positive", metavar="CLASS[,CLASS]", help="classes that count as positive"
+    )
+    either = parser.add_mutually_exclusive_group()
+    for name in ("sensitivity", "specificity"):
+        either.add_argument(
+            f"--{name}",
+            type=float,
+            metavar="S",
+            help=f"operating point: the threshold that reaches this {name}",
+        )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from wara.deploy.export import Wish, export
+
+    wish = Wish(
+        positive=_names(arguments.positive),
+        sensitivity=arguments.sensitivity,
+        specificity=arguments.specificity,
+        int8=arguments.int8,
+        weights=arguments.weights,
+    )
+    print(f"bundle   {export(arguments.run, arguments.out, wish)}")
+
+
+def _names(words: str | None) -> list[str]:
+    return [word.strip() for word in words.split(",")] if words else []
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of a bundle")
+    infer.add_arguments(parser)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    infer.predict(arguments.bundle, arguments)
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="a bundle, a run folder or a trace")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from wara.deploy.verify import verify
+
+    for line in verify(arguments.path):
+        print(line)
+    sys.stdout.flush()
+
+
+VERBS = (
+    Verb("export", "make a bundle of a finished run", _export_arguments, _export),
+    Verb("predict", "predict images with a bundle", _predict_arguments, _predict),
+    Verb("verify", "check a bundle, a run or a trace", _verify_arguments, _verify),
+)
