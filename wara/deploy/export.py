@@ -20,7 +20,7 @@ from wara.data.sources import open_source
 from wara.deploy import card, parity
 from wara.deploy.bundle import FORMAT, MANIFEST, VERSION, canonical, describe_files, seal
 from wara.deploy.graph import export_onnx, plain, quantise
-from wara.deploy.operating import operating_point
+from wara.deploy.operating import operating_point, positive_classes
 from wara.deploy.predictor import session
 from wara.deploy.reliability import Scored, feature_statistics, reliability, temperature_of
 from wara.errors import WaraError
@@ -88,7 +88,7 @@ def export(
         what = "there is something already"
         raise WaraError("usage", what, str(out), "choose another --out, or remove it")
     found = load_run(run)
-    _check(found)
+    _check(found, wish)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / "bundle"
@@ -101,7 +101,12 @@ def export(
     return out
 
 
-def _check(run: Run) -> None:
+def _check(run: Run, wish: Wish) -> None:
+    """Refuse at once what minutes of work would not change."""
+    positive_classes(
+        run.classes, run.task, positive=wish.positive, sensitivity=wish.sensitivity,
+        specificity=wish.specificity,
+    )  # fmt: skip
     if run.backbone.statistics == "assumed":
         what = "mean and std of the images were assumed in this run"
         remedy = "train again with backbone.mean and backbone.std, or with the tag of the weights"

@@ -12,6 +12,42 @@ from wara.evaluation.calibration import to_probs
 from wara.evaluation.decisions import choose_threshold, decision_measures, is_positive
 
 
+def positive_classes(
+    classes: Sequence[str],
+    task: str,
+    *,
+    positive: Sequence[str],
+    sensitivity: float | None,
+    specificity: float | None,
+) -> list[str]:
+    """Return the classes that count as positive, none when no operating point was asked for.
+
+    Raises:
+        WaraError: kind "config" for an unknown class, or when what is asked for is no point.
+    """
+    if sensitivity is None and specificity is None:
+        if positive:
+            remedy = "give --sensitivity or --specificity too"
+            raise WaraError("config", "--positive alone sets no threshold", "", remedy)
+        return []
+    if sensitivity is not None and specificity is not None:
+        raise WaraError("config", "sensitivity and specificity", "", "ask for one of the two")
+    asked = sensitivity if specificity is None else specificity
+    if not 0 < float(asked or 0) <= 1:
+        raise WaraError("config", f"{asked} is no share", "", "give a number above 0, at most 1")
+    chosen = list(positive) or (list(classes[1:]) if task == "binary" else [])
+    if not chosen:
+        what = "which classes are positive?"
+        raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")
+    for name in chosen:
+        if name not in classes:
+            remedy = suggest(name, classes)
+            raise WaraError("config", f"no class '{name}'", "--positive", remedy)
+    if set(chosen) == set(classes) and task != "multilabel":
+        raise WaraError("config", "every class is positive", "--positive", "leave one out")
+    return chosen
+
+
 def operating_point(
     val: Scored,
     test: Scored,
@@ -41,28 +77,13 @@ def operating_point(
         What was asked, the threshold of the score, and the measures; None when none was asked for.
 
     Raises:
-        WaraError: kind "config" for an unknown class, or when no threshold reaches what was asked.
+        WaraError: as `positive_classes`, and when no threshold reaches what was asked.
     """
-    if sensitivity is None and specificity is None:
-        if positive:
-            remedy = "give --sensitivity or --specificity too"
-            raise WaraError("config", "--positive alone sets no threshold", "", remedy)
-        return None
-    if sensitivity is not None and specificity is not None:
-        raise WaraError("config", "sensitivity and specificity", "", "ask for one of the two")
-    asked = sensitivity if specificity is None else specificity
-    if not 0 < float(asked or 0) <= 1:
-        raise WaraError("config", f"{asked} is no share", "", "give a number above 0, at most 1")
-    chosen = list(positive) or (list(classes[1:]) if task == "binary" else [])
+    chosen = positive_classes(
+        classes, task, positive=positive, sensitivity=sensitivity, specificity=specificity
+    )
     if not chosen:
-        what = "which classes are positive?"
-        raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")
-    for name in chosen:
-        if name not in classes:
-            remedy = suggest(name, classes)
-            raise WaraError("config", f"no class '{name}'", "--positive", remedy)
-    if set(chosen) == set(classes) and task != "multilabel":
-        raise WaraError("config", "every class is positive", "--positive", "leave one out")
+        return None
     index = [classes.index(name) for name in chosen]
     scored = {
         name: (
