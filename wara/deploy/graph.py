@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from wara.adapters import adaptation_of, merge
+from wara.adapters.base import AdaptedModule
+from wara.adapters.wara import SubbandLayer
 from wara.errors import WaraError
 
 OPSET = 20
@@ -36,6 +38,72 @@ class Served(nn.Module):
         """Return logits `[b, c]` and features `[b, d]` of images `[b, 3, h, w]`."""
         tokens = self.model.forward_features(images)
         return self.model.forward_head(tokens), self.model.forward_head(tokens, pre_logits=True)
+
+
+class FrozenSubbands(nn.Module):
+    """What a WaRA or Tiny-WaRA layer computes, with all that no longer changes multiplied out.
+
+    The prefix tokens are one more subband, transformed by the identity: so one product leads into
+    the subbands, the cores act there, and one product leads back.
+
+    Args:
+        layer: a linear layer with such an adapter.
+    """
+
+    analysis: Tensor
+    synthesis: Tensor
+    core: Tensor
+
+    def __init__(self, layer: AdaptedModule) -> None:
+        super().__init__()
+        adapter, mixer = layer.adapter, layer.adapter.mixer
+        self.weight, self.bias = layer.base.weight, layer.base.bias
+        self.split, self.prefix = adapter.split, adapter.prefix_tokens
+        same = torch.eye(self.prefix)
+        # Units in, columns of the prefix's core out: `[g, r, r]`.
+        unit = torch.eye(adapter.rank)[None, :, None].expand(1, -1, adapter.groups, -1)
+        skip = adapter.prefix == "skip"
+        of_prefix = unit * 0 if skip else adapter.mix_prefix(unit, adapter.cores())
+        cores = torch.cat([of_prefix[0].permute(1, 2, 0)[:, None], adapter.full_cores()], 1)
+        self.sizes = [self.prefix, *mixer.sizes]
+        diagonal = torch.diagonal(cores, dim1=-2, dim2=-1)
+        self.diagonal = bool((torch.diag_embed(diagonal) == cores).all())
+        if self.diagonal:  # a gain for each coefficient and channel: `[m, g r]`
+            gains = diagonal.transpose(0, 1).flatten(1)
+            core = torch.cat([g.expand(n, -1) for g, n in zip(gains, self.sizes, strict=True)])
+        else:  # a block per row group: `[s, g r, g r]`, to be multiplied from the right
+            core = torch.stack([torch.block_diag(*each).T for each in cores.unbind(1)])
+        constants = {
+            "down": adapter.down.T,
+            "up": adapter.scale * adapter.block_up().T,
+            "analysis": torch.block_diag(same, mixer.analysis),
+            "synthesis": torch.block_diag(same, mixer.synthesis),
+            "core": core,
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value.detach().float().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output `[b, n, o]` of tokens `[b, n, d]`."""
+        gone = self.prefix - self.split(x.shape[1])  # a block of patch tokens alone has no prefix
+        sizes = [self.sizes[0] - gone, *self.sizes[1:]]
+        z = self.analysis[gone:, gone:] @ (x @ self.down)
+        if self.diagonal:
+            z = z * self.core[gone:]
+        else:
+            parts = zip(z.split(sizes, 1), self.core, strict=True)
+            z = torch.cat([part @ core for part, core in parts], 1)
+        update = (self.synthesis[gone:, gone:] @ z) @ self.up
+        return nn.functional.linear(x, self.weight, self.bias) + update
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Return a copy of a model of `plain` in which adapters of tokens are multiplied out."""
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, AdaptedModule) and isinstance(layer.adapter, SubbandLayer):
+            model.set_submodule(name, FrozenSubbands(layer))
+    return model
 
 
 def plain(model: nn.Module) -> tuple[nn.Module, bool]:
@@ -67,7 +135,7 @@ def export_onnx(model: nn.Module, size: tuple[int, int], path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError:
         raise WaraError("usage", "onnx and onnxscript are not installed", "", _EXTRA) from None
-    served = Served(model).eval()
+    served = Served(frozen(model)).eval()
     # Two images: a batch of one would be taken for a constant.
     example = torch.zeros(2, 3, *size)
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of each optimisation
