@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -47,17 +47,19 @@ class FrozenSubbands(nn.Module):
     the subbands, the cores act there, and one product leads back.
 
     Args:
-        layer: a linear layer with such an adapter.
+        linear: the layer of the base.
+        adapter: that is on it.
     """
 
     analysis: Tensor
     synthesis: Tensor
     core: Tensor
+    down: Tensor
+    up: Tensor
 
-    def __init__(self, layer: AdaptedModule) -> None:
+    def __init__(self, linear: nn.Linear, adapter: SubbandLayer) -> None:
         super().__init__()
-        adapter, mixer = layer.adapter, layer.adapter.mixer
-        self.weight, self.bias = layer.base.weight, layer.base.bias
+        self.weight, self.bias = linear.weight, linear.bias
         self.split, self.prefix = adapter.split, adapter.prefix_tokens
         same = torch.eye(self.prefix)
         # Units in, columns of the prefix's core out: `[g, r, r]`.
@@ -65,7 +67,7 @@ class FrozenSubbands(nn.Module):
         skip = adapter.prefix == "skip"
         of_prefix = unit * 0 if skip else adapter.mix_prefix(unit, adapter.cores())
         cores = torch.cat([of_prefix[0].permute(1, 2, 0)[:, None], adapter.full_cores()], 1)
-        self.sizes = [self.prefix, *mixer.sizes]
+        self.sizes = [self.prefix, *adapter.mixer.sizes]
         diagonal = torch.diagonal(cores, dim1=-2, dim2=-1)
         self.diagonal = bool((torch.diag_embed(diagonal) == cores).all())
         if self.diagonal:  # a gain for each coefficient and channel: `[m, g r]`
@@ -76,8 +78,8 @@ class FrozenSubbands(nn.Module):
         constants = {
             "down": adapter.down.T,
             "up": adapter.scale * adapter.block_up().T,
-            "analysis": torch.block_diag(same, mixer.analysis),
-            "synthesis": torch.block_diag(same, mixer.synthesis),
+            "analysis": torch.block_diag(same, adapter.mixer.analysis),
+            "synthesis": torch.block_diag(same, adapter.mixer.synthesis),
             "core": core,
         }
         for name, value in constants.items():
@@ -102,7 +104,7 @@ def frozen(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, AdaptedModule) and isinstance(layer.adapter, SubbandLayer):
-            model.set_submodule(name, FrozenSubbands(layer))
+            model.set_submodule(name, FrozenSubbands(cast(nn.Linear, layer.base), layer.adapter))
     return model
 
 
