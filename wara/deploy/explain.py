@@ -178,9 +178,9 @@ def _caption(predictor: Predictor, prediction: Prediction, found: Shares) -> lis
         said += f"   decision {row['decision']}"
     if row["abstain"]:
         said += f"   ABSTAINS: {row['abstain_reason']}"
-    change = found.logit - found.without
-    sums = f"logit {found.logit:+.2f} = {found.without:+.2f} without a picture {change:+.2f}"
-    return [said, f"{sums}; the shares sum to {found.heat.sum():+.2f}"]
+    sums = f"logit {found.logit:+.2f}, of an image of one colour {found.without:+.2f}"
+    change = f"{found.heat.sum():+.2f} of {found.logit - found.without:+.2f}"
+    return [said, f"{sums}; the shares sum to {change}"]
 
 
 def _colours() -> LinearSegmentedColormap:
@@ -197,8 +197,9 @@ def _draw(
     side = 3.0 * min(1.0, max(0.5, height / width))
     fig = new_figure(7.2, side + 0.6 + 0.2 * len(lines))
     plain, covered = fig.subplots(1, 2)
-    for ax in (plain, covered):
-        ax.imshow(shown, interpolation="nearest")
+    # Paler below the shares, for colour is hard to tell on black.
+    for ax, alpha in ((plain, 1.0), (covered, 0.55)):
+        ax.imshow(shown, interpolation="nearest", alpha=alpha)
         ax.set_axis_off()
     most = float(np.abs(found.heat).max()) or 1.0
     heat = covered.imshow(
