@@ -200,6 +200,27 @@ def rebuild(
     return model
 
 
+def skeleton(info: BackboneInfo, *, num_classes: int) -> nn.Module:
+    """Return the backbone that `info` tells of without its weights, in evaluation mode.
+
+    Nothing is read or fetched: the numbers in it are any, and come from elsewhere.
+
+    Args:
+        info: of an adapter, a run or a bundle.
+        num_classes: outputs of the classifier.
+
+    Raises:
+        WaraError: kind `config` when timm of this version cannot build it.
+    """
+    _check_options(info.options)
+    if info.architecture != NANO and not timm.is_model(info.architecture):
+        what = f"timm knows no architecture '{info.architecture}'"
+        raise WaraError("config", what, "backbone", "install the version of timm it was built with")
+    sizes = {"num_classes": num_classes, "img_size": info.img_size, "global_pool": info.pool}
+    model: nn.Module = _create(info.architecture, {**info.options, **sizes})
+    return model.eval()
+
+
 def _nowhere(named: Named) -> WaraError:
     put = "put their file somewhere and set backbone.weights"
     remedy = (

@@ -132,7 +132,8 @@ class _Export:
             self.say("quantising, calibrated on training images")
             quantise(path, self._batches(self.splits["train"][:_INT8_IMAGES]))
             size["int8_bytes"] = path.stat().st_size
-        tensors = {k: v.contiguous() for k, v in served.state_dict().items()}
+        # Copies: safetensors refuses tensors that layers share.
+        tensors = {k: v.clone() for k, v in served.state_dict().items()}
         save_file(tensors, self.folder / "model.safetensors")
         self.say("scoring training, validation and test images with it")
         scored = {name: self._score(path, indices) for name, indices in self.splits.items()}

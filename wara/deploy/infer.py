@@ -65,14 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def predict(
     folder: Path,
     arguments: argparse.Namespace,
-    listeners: Callable[[Predictor], Iterable[Callable[[Prediction], None]]] = lambda _: (),
+    listeners: Callable[[Predictor, int], Iterable[Callable[[Prediction], None]]] = lambda *_: (),
 ) -> None:
     """Predict as the arguments say.
 
     Args:
         folder: the bundle.
         arguments: of `add_arguments`.
-        listeners: given the predictor, returns what is to be called with each prediction.
+        listeners: given the predictor and the number of rows that an earlier call left, returns
+            what is to be called with each prediction. So `wara predict --explain` hooks in, which
+            needs torch; a bundle does without and does not offer it.
 
     Raises:
         WaraError: kind "data" when images could not be read, after all rows were written.
@@ -98,7 +100,7 @@ def predict(
     }
     form = arguments.format or _form_of(arguments.out)
     output = Output(arguments.out, form, predictor.columns, key, resume=arguments.resume)
-    hooks = list(listeners(predictor))
+    hooks = list(listeners(predictor, len(output.rows)))
     trace = None
     if arguments.trace is not None:
         from wara.deploy.trace import Trace
@@ -140,8 +142,8 @@ def _check(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.out is None:
         raise WaraError("usage", "no place for the rows", "", "give --out predictions.csv")
     inside = folder.resolve()
-    for name in ("out", "trace", "dicom_sr"):
-        path = getattr(arguments, name)
+    for name in ("out", "trace", "dicom_sr", "explain"):
+        path = getattr(arguments, name, None)
         if path is not None and path.resolve().is_relative_to(inside):
             option = f"--{name.replace('_', '-')}"
             what = f"{option} lies inside the bundle, which would change it"

@@ -65,10 +65,21 @@ def _names(words: str | None) -> list[str]:
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of a bundle")
     infer.add_arguments(parser)
+    parser.add_argument(
+        "--explain",
+        type=Path,
+        metavar="DIR",
+        help="draw what each answer rests on over its image (needs captum; not in infer.py)",
+    )
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    infer.predict(arguments.bundle, arguments)
+    if arguments.explain is None:
+        infer.predict(arguments.bundle, arguments)
+        return
+    from wara.deploy.explain import Overlays
+
+    infer.predict(arguments.bundle, arguments, Overlays(arguments.explain).of)
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
