@@ -29,6 +29,7 @@ CLASSES = [
     {"name": "Öd\\em", "meaning": None},
 ]
 RETIRED = "1.2.840.10008.5.1.4.1.1.6"  # ultrasound of 1993
+NO_IMAGE = "the SOP class is no image storage of the standard"
 IDENTITY: dict[str, Any] = {
     "StudyInstanceUID": "1.2.3.4", "SeriesInstanceUID": "1.2.3.4.5", "InstanceNumber": 3,
     "PatientName": "Müller^Erika", "PatientID": "4711", "PatientBirthDate": "19500101",
@@ -216,7 +217,8 @@ def test_no_class_of_several_labels(bundle: Path, tmp_path: Path) -> None:
         ("", {"PatientBirthDate": "1950xx01"}, "PatientBirthDate is no DA value"),
         ("", {"StudyTime": "noon"}, "StudyTime is no TM value"),
         ("", {"PatientSex": "MUELLER"}, "PatientSex is not M, F or O"),
-        ("", {"SOPClassUID": "1.2.3.4"}, "the SOP class is not one of the standard's"),
+        ("", {"SOPClassUID": "1.2.3.4"}, NO_IMAGE),
+        ("", {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.481.2"}, NO_IMAGE),
         ("", {"SOPClassUID": RETIRED}, "the header cannot be taken over (KeyError)"),
     ],
 )

@@ -183,8 +183,9 @@ def _header(data: bytes) -> Dataset:
     for keyword in _UIDS:
         if not UID(str(header.get(keyword) or "")).is_valid:
             raise _refused(f"{keyword} is absent or no UID")
-    if header.SOPClassUID.name == header.SOPClassUID:
-        raise _refused("the SOP class is not one of the standard's")
+    # A private class has no name, and a dose or a segmentation is not what an IMAGE item points to.
+    if "Image Storage" not in header.SOPClassUID.name:
+        raise _refused("the SOP class is no image storage of the standard")
     for keyword in _KNOWN_OR_EMPTY:
         if header.get(keyword) is None:
             setattr(header, keyword, "")
