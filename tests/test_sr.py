@@ -26,7 +26,7 @@ pytest.importorskip("highdicom")
 CLASSES = [
     {"name": "benign", "meaning": "no sign of malignancy"},
     {"name": "in situ, or not to be told apart from it", "meaning": "ä" * 70},
-    {"name": "Öd\\em", "meaning": None},
+    {"name": "浮\\腫 Ödem", "meaning": None},
 ]
 RETIRED = "1.2.840.10008.5.1.4.1.1.6"  # ultrasound of 1993
 NO_IMAGE = "the SOP class is no image storage of the standard"
@@ -177,11 +177,12 @@ def test_other_programs_read_a_report(bundle: Path, tmp_path: Path) -> None:
 def test_classes_of_any_name_and_a_synthetic_model(bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     reseal(copy, classes=CLASSES, synthetic=True, operating_point=None)
-    reports(copy, image(tmp_path / "a.dcm", 0, "InstanceNumber", PatientName="山田^太郎",
-                        SpecificCharacterSet="ISO_IR 192"))  # fmt: skip
+    # The letters of a Japanese device, which has none for the names of these classes.
+    reports(copy, image(tmp_path / "a.dcm", 0, "InstanceNumber", PatientName="Yamada=山田^太郎",
+                        SpecificCharacterSet=["", "ISO 2022 IR 87"]))  # fmt: skip
     (report,) = written(tmp_path / "sr")
     said = items(report)
-    labels = ["no sign of malignancy", "in situ, or not to be told apart from it", "Öd/em"]
+    labels = ["no sign of malignancy", "in situ, or not to be told apart from it", "浮/腫 Ödem"]
     assert [k for k, _ in said if k.startswith("Probability")] == [
         f"Probability of {label}" for label in labels
     ]
@@ -189,7 +190,7 @@ def test_classes_of_any_name_and_a_synthetic_model(bundle: Path, tmp_path: Path)
     assert report.SeriesDescription.startswith("SYNTHETIC")
     assert "Decision at the operating point" not in dict(said)
     assert ("Algorithm Parameters", "operating point: none was chosen") in said
-    assert report.PatientName == "山田^太郎" and report.InstanceNumber == 1
+    assert report.PatientName == "Yamada=山田^太郎" and report.InstanceNumber == 1
     dump = check(next((tmp_path / "sr").iterdir()))
     assert "SYNTHETIC" in dump and "山田^太郎" in dump
 
@@ -291,9 +292,34 @@ def test_a_report_that_is_lacking_is_a_failure(
     assert predict(bundle, *words, "--allow-partial") == 0
 
 
+def test_reports_are_not_begun_in_the_middle(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rows of a call without reports are not continued by one with reports, or some would lack."""
+    paths = [image(tmp_path / f"{number}.dcm", number) for number in range(3)]
+    words = [*paths, "--out", tmp_path / "rows.csv", "--batch-size", 1]
+    reports_too = ["--dicom-sr", tmp_path / "sr"]
+    real = Predictor.run
+
+    def stops(self: Predictor, pixels: np.ndarray) -> Any:
+        if len((tmp_path / ".rows.csv.part").read_text().splitlines()) == 3:
+            raise KeyboardInterrupt
+        return real(self, pixels)
+
+    for first, second in ((words, [*words, *reports_too]), ([*words, *reports_too], words)):
+        monkeypatch.setattr(Predictor, "run", stops)
+        assert predict(bundle, *first) == 130
+        monkeypatch.undo()
+        assert predict(bundle, *second, "--resume") == 2
+        assert "other settings" in capsys.readouterr().err
+    assert predict(bundle, *words, *reports_too, "--resume") == 0
+    assert len(written(tmp_path / "sr")) == 3
+
+
 def test_without_highdicom(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(WaraError, match="highdicom is not installed") as caught:
         Reports(tmp_path, Predictor(bundle).bundle)

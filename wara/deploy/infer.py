@@ -96,6 +96,7 @@ def predict(
     key = {
         "model": predictor.bundle.model_hash,
         "abstain_on": reasons,
+        "reports": arguments.dicom_sr is not None,
         "images": hashlib.sha256("\n".join(map(str, sources.paths)).encode()).hexdigest(),
     }
     form = arguments.format or _form_of(arguments.out)

@@ -229,17 +229,25 @@ def _version(bundle: Bundle) -> str:
 
 
 def _text(text: str, most: int) -> str:
-    """Return text as an element of at most `most` letters holds it: a backslash parts values."""
-    return text.replace("\\", "/")[:most]
+    """Return text as an element of at most `most` letters holds it: a backslash parts values.
+
+    Letters are counted as bytes of UTF-8, for some readers count so.
+    """
+    return text.replace("\\", "/").encode()[:most].decode(errors="ignore")
 
 
 def _code(value: str, *meanings: str | None, version: str | None = None) -> CodedConcept:
     """Return a code of our own, with the first meaning that fits in the 64 letters for it."""
     from highdicom.sr import CodedConcept
 
-    fitting = [text for text in meanings if text and len(text) <= 64]
+    fitting = [text for text in meanings if text and len(text.encode()) <= 64]
     meaning = _text(fitting[0] if fitting else value, 64)
-    return CodedConcept(_text(value, 200), SCHEME, meaning, version)
+    value = _text(value, 200)
+    code = CodedConcept(value, SCHEME, meaning, version)
+    if len(value) <= 16 < len(value.encode()):
+        del code.CodeValue
+        code.LongCodeValue = value
+    return code
 
 
 def _scheme() -> Dataset:
