@@ -227,7 +227,7 @@ def test_truncated_files_are_refused(fmt, share):
 def test_refusals_name_file_and_remedy(tmp_path):
     missing = tmp_path / "gone.png"
     assert str(missing) in str(refused(missing, "no such file"))
-    refused(tmp_path, "cannot read")
+    refused(tmp_path, "not a regular file")
     refused(b"", "empty file")
     refused(b"hello" * 100, "not a readable")
     refused(encode(Image.fromarray(colours()), "GIF"), "not a readable")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import shutil
@@ -25,7 +24,6 @@ from wara.deploy.inputs import expand
 from wara.deploy.predictor import Predictor
 from wara.deploy.trace import verify_trace
 from wara.errors import WaraError
-from wara.images import Opened, normalise, to_tensor
 from wara.runs.load import load_run
 
 
@@ -104,56 +102,6 @@ def test_predictions_are_those_of_the_run(bundle: Path) -> None:
         assert row["prediction"] == predictor.classes[int(wanted.argmax())]
         limit = predictor.bundle.manifest["operating_point"]["threshold"]
         assert row["decision"] == ("positive" if wanted[2] >= limit else "negative")
-
-
-def kinds(folder: Path) -> list[Path]:
-    """One image of every kind that changes on its way to the network."""
-    rng = np.random.default_rng(1)
-    grey = np.linspace(0, 4095, 128 * 96).reshape(128, 96).astype("u2")
-    colour = rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)
-    Image.fromarray(colour).save(folder / "colour.png")
-    Image.fromarray(colour).save(folder / "photo.jpg", quality=90)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(colour).save(folder / "turned.jpg", exif=exif)
-    Image.fromarray(colour[..., 0].astype("u2") << 4).save(folder / "deep.png")
-    window: dict[str, Any] = {"WindowCenter": 2000, "WindowWidth": 1500}
-    for name, tags in (
-        ("mono2.dcm", {}),
-        ("mono1.dcm", {"PhotometricInterpretation": "MONOCHROME1"}),
-        ("window.dcm", window),
-    ):
-        (folder / name).write_bytes(dicom(grey, BitsStored=12, **tags))
-    for name, syntax in (("rle.dcm", pydicom.uid.RLELossless),
-                         ("j2k.dcm", pydicom.uid.JPEG2000Lossless)):  # fmt: skip
-        dataset = pydicom.dcmread(io.BytesIO(dicom(grey, BitsStored=12, **window)))
-        dataset.compress(syntax)
-        dataset.save_as(folder / name)
-    return sorted(folder.iterdir())
-
-
-def test_training_prediction_and_hospital_see_the_same_tensor(bundle: Path, tmp_path: Path) -> None:
-    predictor = Predictor(bundle)
-    spec = predictor.spec
-    for path in kinds(tmp_path):
-        spec = predictor.spec if path.name != "deep.png" else predictor.spec.__class__(
-            **{**predictor.spec.__dict__, "bits": 12}
-        )  # fmt: skip
-        trained = to_tensor(Opened(path).array(spec), spec).numpy()
-        predictor.spec = spec
-        mine = predictor.read(path).pixels
-        assert mine is not None and np.array_equal(trained, mine)
-        code = (
-            "import sys, runpy, numpy as np;"
-            f"m = runpy.run_path({str(bundle / 'infer.py')!r}); m['_own_package']();"
-            "from wara.images import ImageSpec, load_array, normalise;"
-            f"s = ImageSpec({spec.size}, {spec.mean}, {spec.std}, {spec.interpolation!r}, "
-            f"{spec.bits}, {spec.greys!r});"
-            f"sys.stdout.buffer.write(normalise(load_array({str(path)!r}, s), s).tobytes())"
-        )
-        done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True)
-        assert done.stdout == trained.tobytes(), path.name
-    assert normalise(Opened(path).array(spec), spec).dtype == np.float32
 
 
 # -- what is named ------------------------------------------------------------------------------

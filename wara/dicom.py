@@ -168,7 +168,8 @@ class DicomPicture:
             raise self._refuse(what, _CONVERT) from None
         if not decoder.is_available:
             what = f"no decoder for this DICOM compression ({syntax.name})"
-            raise self._refuse(what, "install the decoders: pip install 'wara[dicom]'")
+            remedy = "pip install 'wara[dicom]', or pip install python-gdcm beside a bundle"
+            raise self._refuse(what, f"install the decoders: {remedy}")
         self.photometric = str(dataset.get("PhotometricInterpretation") or "")
         # Bits above those stored are no pixels (old overlays lie there); pydicom takes them off.
         stored = pixel_array(dataset)  # YBR is converted to RGB here

@@ -267,9 +267,16 @@ class _Export:
 
 
 _DOCKERFILE = """\
+# A program on the processor, for mercure, MONAI Deploy or by hand:
+#   docker build -t NAME .
+# with DICOM Structured Reports, and decoders for JPEG-LS and lossless JPEG:
+#   docker build -t NAME --build-arg EXTRA="highdicom python-gdcm" .
+# on images without the network:
+#   docker run --rm --network none -v IMAGES:/in:ro -v RESULTS:/out NAME -i /in -o /out
 FROM python:3.12-slim
+ARG EXTRA=""
 COPY . /bundle
-RUN pip install --no-cache-dir -r /bundle/requirements.txt
+RUN pip install --no-cache-dir -r /bundle/requirements.txt $EXTRA && chmod -R a+rX /bundle
 ENTRYPOINT ["python", "/bundle/infer.py"]
 """
 

@@ -1,14 +1,13 @@
 """Predict with a bundle: `python infer.py PATHS… --out predictions.csv`.
 
 The same file is the program of a bundle and the verb `wara predict`. It also speaks the contracts
-of two container platforms: mercure (environment) and MONAI Deploy (`-i`, `-o`).
+of two container platforms: mercure (environment) and MONAI Deploy (`-i`, `-o`, or environment).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import types
@@ -66,7 +65,7 @@ def predict(
     folder: Path,
     arguments: argparse.Namespace,
     listeners: Callable[[Predictor, int], Iterable[Callable[[Prediction], None]]] = lambda *_: (),
-) -> None:
+) -> list[dict[str, Any]]:
     """Predict as the arguments say.
 
     Args:
@@ -76,13 +75,16 @@ def predict(
             what is to be called with each prediction. So `wara predict --explain` hooks in, which
             needs torch; a bundle does without and does not offer it.
 
+    Returns:
+        The rows.
+
     Raises:
-        WaraError: kind "data" when images could not be read, after all rows were written.
+        WaraError: kind "data" when images could not be read or reports not be made, after all rows
+            were written.
     """
     from wara.deploy.inputs import expand
     from wara.deploy.output import Output, finished
     from wara.deploy.predictor import Predictor
-    from wara.errors import WaraError
 
     _check(arguments, folder)
     sources = expand(arguments.paths)
@@ -96,21 +98,24 @@ def predict(
     key = {
         "model": predictor.bundle.model_hash,
         "abstain_on": reasons,
+        "reports": arguments.dicom_sr is not None,
         "images": hashlib.sha256("\n".join(map(str, sources.paths)).encode()).hexdigest(),
     }
     form = arguments.format or _form_of(arguments.out)
+    reports = trace = None
+    if arguments.dicom_sr is not None:
+        from wara.deploy.sr import Reports
+
+        reports = Reports(arguments.dicom_sr, predictor.bundle)
     output = Output(arguments.out, form, predictor.columns, key, resume=arguments.resume)
     hooks = list(listeners(predictor, len(output.rows)))
-    trace = None
     if arguments.trace is not None:
         from wara.deploy.trace import Trace
 
         trace = Trace(arguments.trace, predictor)
         hooks.append(trace.add)
-    if arguments.dicom_sr is not None:
-        from wara.deploy.sr import Reports
-
-        hooks.append(Reports(arguments.dicom_sr, predictor.bundle).add)
+    if reports is not None:
+        hooks.append(reports.add)
     try:
         rest = sources.paths[len(output.rows) :]
         for prediction in predictor.predict(
@@ -125,15 +130,29 @@ def predict(
         if trace is not None:
             trace.close()
     output.finish()
+    said = [*finished(output.rows), *(reports.lines() if reports else ())]
     if not arguments.quiet:
-        for line in finished(output.rows):
+        for line in (*said, f"written: {arguments.out}"):
             print(line, file=sys.stderr)
-        print(f"written: {arguments.out}", file=sys.stderr)
-    faults = [row for row in output.rows if row["error"] is not None]
-    if faults and not arguments.allow_partial:
-        what = f"{len(faults)} of {len(output.rows)} images could not be read"
-        remedy = "see the column `error`; --allow-partial makes that no failure"
-        raise WaraError("data", what, str(arguments.out), remedy)
+    refused = reports.refused if reports else []
+    for error in refused:
+        print(error, file=sys.stderr)
+    _judge(output.rows, len(refused), arguments)
+    return output.rows
+
+
+def _judge(rows: Sequence[dict[str, Any]], refused: int, arguments: argparse.Namespace) -> None:
+    """Fail, after all was written, when images or reports are lacking."""
+    from wara.errors import WaraError
+
+    faults = sum(row["error"] is not None for row in rows)
+    if arguments.allow_partial or not (faults or refused):
+        return
+    what = f"{faults} of {len(rows)} images could not be read"
+    remedy = "see the column `error`; --allow-partial makes that no failure"
+    if not faults:
+        what, remedy = f"{refused} images have no report", "--allow-partial makes that no failure"
+    raise WaraError("data", what, str(arguments.out), remedy)
 
 
 def _check(arguments: argparse.Namespace, folder: Path) -> None:
@@ -166,38 +185,75 @@ def _show(done: int, total: int, quiet: bool) -> None:
 # -- containers --------------------------------------------------------------------------------
 
 
-def mercure(folder: Path) -> None:
-    """Serve one job of mercure: `MERCURE_IN_DIR` in, `result.json` in `MERCURE_OUT_DIR` out.
+_MERCURE = ("MERCURE_IN_DIR", "MERCURE_OUT_DIR")
+# MONAI Application Packages of version 1, and those before.
+_MAP = (("HOLOSCAN_INPUT_PATH", "HOLOSCAN_OUTPUT_PATH"), ("MONAI_INPUTPATH", "MONAI_OUTPUTPATH"))
 
-    The settings of the module in `task.json` may hold `abstain_on` (a list) and `dicom_sr`.
+
+def serve(folder: Path, arguments: argparse.Namespace) -> bool:
+    """Serve one job of a container platform, if that is what the program was started for.
+
+    mercure names its folders in the environment, and those of MONAI as well; MONAI names them by
+    `-i` and `-o` or in the environment. Options of the call hold for both. A job fails when none of
+    its images could be read; a single one that could not is a row with its error.
+
+    Returns:
+        Whether it was a job.
+
+    Raises:
+        WaraError: kind "usage" when folders or settings are wrong, and as `predict`.
     """
-    incoming, outgoing = (Path(os.environ[f"MERCURE_{name}_DIR"]) for name in ("IN", "OUT"))
-    path = incoming / "task.json"
-    task = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    process = task.get("process") or {}
-    if isinstance(process, list):  # a chain of modules; this one is the first that is left
-        process = process[0]
-    images = sorted(str(p) for p in incoming.rglob("*.dcm"))
-    _contract(folder, images, outgoing, "result.json", process.get("settings") or {})
+    from wara.errors import WaraError
+
+    names = next((pair for pair in (_MERCURE, *_MAP) if pair[0] in os.environ), None)
+    if arguments.incoming or arguments.outgoing:
+        incoming, outgoing, names = arguments.incoming, arguments.outgoing, None
+    elif names is None or arguments.paths:
+        return False
+    else:
+        incoming, outgoing = (Path(os.environ[n]) if os.environ.get(n) else None for n in names)
+    if incoming is None or outgoing is None or arguments.paths or arguments.out:
+        what = "a job has a folder of images and a folder for what is said, and nothing else"
+        remedy = f"give {' and '.join(names or ('-i', '-o'))}, or PATHS and --out"
+        raise WaraError("usage", what, "", remedy)
+    form = arguments.format or "json"
+    name = f"predictions.{form}"
+    if names == _MERCURE:
+        _settle(arguments, incoming / "task.json", outgoing)
+        form, name = "mercure", "result.json"
+    arguments.paths, arguments.out, arguments.format = [str(incoming)], outgoing / name, form
+    arguments.allow_partial = arguments.quiet = True
+    rows = predict(folder, arguments)
+    if all(row["error"] is not None for row in rows):
+        what = f"none of {len(rows)} images could be read"
+        raise WaraError("data", what, str(arguments.out), "see `error` there")
+    return True
 
 
-def map_application(folder: Path, incoming: Path, outgoing: Path) -> None:
-    """Serve one job of a MONAI Application Package: folder in, folder out."""
-    _contract(folder, [str(incoming)], outgoing, "predictions.json", {})
+def _settle(arguments: argparse.Namespace, task: Path, outgoing: Path) -> None:
+    """Take the settings of the module from mercure's task, where they are `process.settings`."""
+    from wara.errors import WaraError, suggest
+    from wara.storage import read_json
 
-
-def _contract(
-    folder: Path, images: Sequence[str], outgoing: Path, name: str, settings: dict[str, Any]
-) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    words = [*images, "--out", str(outgoing / name), "--format", "json", "--allow-partial",
-             "--quiet"]  # fmt: skip
-    for reason in settings.get("abstain_on", []):
-        words += ["--abstain-on", str(reason)]
+    if not task.is_file():  # a trial without mercure
+        return
+    known = {"abstain_on": list, "dicom_sr": bool}
+    try:
+        settings = (read_json(task).get("process") or {}).get("settings") or {}
+        for key, value in settings.items():
+            if key not in known:
+                what = f"no setting '{key}' of this module"
+                raise WaraError("usage", what, "process.settings", suggest(key, known))
+            if not isinstance(value, known[key]):
+                remedy = 'for example {"abstain_on": ["ood"], "dicom_sr": true}'
+                raise WaraError("usage", f"{key} is {value!r}", "process.settings", remedy)
+    except (OSError, ValueError, AttributeError):
+        what, remedy = "no task of mercure", "it is a JSON object with process.settings"
+        raise WaraError("usage", what, str(task), remedy) from None
+    if "abstain_on" in settings:
+        arguments.abstain_on = [*map(str, settings["abstain_on"])] or ["none"]
     if settings.get("dicom_sr"):
-        words += ["--dicom-sr", str(outgoing)]
-    predict(folder, parser.parse_args(words))
+        arguments.dicom_sr = outgoing
 
 
 # -- the program -------------------------------------------------------------------------------
@@ -221,15 +277,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="infer.py", description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
-    parser.add_argument("-i", dest="incoming", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("-o", dest="outgoing", type=Path, help=argparse.SUPPRESS)
+    for flag, name in (("-i", "incoming"), ("-o", "outgoing")):
+        text = f"folder of {name} files, as a MONAI Application Package is called"
+        parser.add_argument(flag, dest=name, type=Path, metavar="DIR", help=text)
     arguments = parser.parse_args(words)
     try:
-        if arguments.incoming is not None and arguments.outgoing is not None:
-            map_application(_HERE, arguments.incoming, arguments.outgoing)
-        elif not arguments.paths and "MERCURE_IN_DIR" in os.environ:
-            mercure(_HERE)
-        else:
+        if not serve(_HERE, arguments):
             predict(_HERE, arguments)
     except KeyboardInterrupt:
         return 130

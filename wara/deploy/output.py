@@ -13,7 +13,7 @@ from typing import Any
 from wara.errors import WaraError, storage_error
 from wara.storage import write_bytes
 
-FORMATS = ("csv", "jsonl", "json")
+FORMATS = ("csv", "jsonl", "json", "mercure")
 
 
 class Output:
@@ -84,7 +84,15 @@ class Output:
 
 
 def as_bytes(rows: Sequence[dict[str, Any]], columns: Sequence[str], form: str) -> bytes:
-    """Return rows as a file of one of `FORMATS`."""
+    """Return rows as a file of one of `FORMATS`.
+
+    mercure keeps the result of a module as a JSON object, and mails what stands in it as text.
+    """
+    if form == "mercure":
+        stamp = "SYNTHETIC model. " if any(row["synthetic"] for row in rows) else ""
+        text = stamp + "; ".join(finished(rows))
+        content = {"images": list(rows), "__mercure_notification": {"text": text}}
+        return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
     if form == "json":
         return (json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n").encode()
     if form == "jsonl":
@@ -107,3 +115,6 @@ def finished(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     errors = sum(row["error"] is not None for row in rows)
     abstained = sum(bool(row["abstain"]) for row in rows)
     yield f"{len(rows)} images: {errors} could not be read, {abstained} abstained"
+    decided = [row["decision"] for row in rows if row["decision"] is not None]
+    if decided:
+        yield f"{decided.count('positive')} of {len(decided)} positive at the operating point"
