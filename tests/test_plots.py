@@ -21,13 +21,13 @@ CLASSES = ["benign", "malignant", "normal $x_1$"]
 def figure(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures as they were saved."""
     kept: list[Figure] = []
-    save = plots._save
+    save = plots.save
 
     def keep(fig: Figure, path: Any, synthetic: bool) -> Path:
         kept.append(fig)
         return save(fig, path, synthetic)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     return kept
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,7 +26,7 @@ from wara.errors import WaraError
 from wara.images import ImageSpec, load_array, normalise
 from wara.runs.load import Run, load_run
 from wara.runs.provenance import utc_now
-from wara.storage import storage_error
+from wara.storage import new_folder
 
 # What a bundle is run by, in the folder `wara` of a bundle but for the two that people look for.
 SHIPPED = (
@@ -84,20 +83,10 @@ def export(
             else; nothing is left then.
     """
     wish, out = wish or Wish(), Path(out)
-    if out.exists():
-        what = "there is something already"
-        raise WaraError("usage", what, str(out), "choose another --out, or remove it")
-    found = load_run(run)
-    _check(found)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / "bundle"
-        folder.mkdir()
+    with new_folder(out) as folder:
+        found = load_run(run)
+        _check(found)
         _Export(found, folder, wish, say).write()
-        try:
-            folder.rename(out)
-        except OSError as error:
-            raise storage_error(error, out) from error
     return out
 
 
@@ -137,11 +126,12 @@ class _Export:
         )
         temperature, why = temperature_of(scored["val"])
         statistics = feature_statistics(scored["train"])
-        trusted = reliability(scored["val"], scored["test"], statistics, temperature, run.task)
+        parts = {"validation": scored["val"], "test": scored["test"]}
+        trusted = reliability(parts, statistics, temperature, run.task)
         (self.folder / "reliability.npz").write_bytes(statistics)
         (self.folder / "reliability.json").write_bytes(canonical(trusted))
         point = operating_point(
-            scored["val"], scored["test"], run.classes, run.task, temperature,
+            parts, run.classes, run.task, temperature,
             positive=self.wish.positive, sensitivity=self.wish.sensitivity,
             specificity=self.wish.specificity, bootstrap=run.config.bootstrap,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wara.deploy.predictor import positive_score
@@ -13,8 +13,7 @@ from wara.evaluation.decisions import choose_threshold, decision_measures, is_po
 
 
 def operating_point(
-    val: Scored,
-    test: Scored,
+    parts: Mapping[str, Scored],
     classes: Sequence[str],
     task: str,
     temperature: float,
@@ -24,11 +23,11 @@ def operating_point(
     specificity: float | None,
     bootstrap: int,
 ) -> dict[str, Any] | None:
-    """Choose a threshold on validation images, and measure it on validation and test images.
+    """Choose a threshold on the first part of the images, and measure it on every part.
 
     Args:
-        val: validation images.
-        test: test images.
+        parts: images that the model did not learn from, by the name of the part, such as
+            `validation` and `test`.
         classes: names of the outputs.
         task: see `to_probs`.
         temperature: of the probabilities.
@@ -69,18 +68,22 @@ def operating_point(
             positive_score(to_probs(part.logits, task=task, temperature=temperature), index, task),
             is_positive(part.labels, index),
         )
-        for name, part in (("validation", val), ("test", test))
-        if len(part.labels)
+        for name, part in parts.items()
     }
+    first = next(iter(parts))
     threshold = choose_threshold(
-        *scored["validation"], sensitivity=sensitivity, specificity=specificity
+        *scored[first], sensitivity=sensitivity, specificity=specificity, images=first
     )
-    patients = {"validation": val.patients, "test": test.patients}
     measures = {
         name: decision_measures(
-            truth, scores >= threshold, patients=patients[name], bootstrap=bootstrap, seed=0
+            truth,
+            scores >= threshold,
+            patients=parts[name].patients,
+            bootstrap=bootstrap,
+            seed=0,
         )
         for name, (scores, truth) in scored.items()
+        if len(truth)
     }
     return {
         "positive": chosen,
