@@ -52,16 +52,7 @@ def operating_point(
     asked = sensitivity if specificity is None else specificity
     if not 0 < float(asked or 0) <= 1:
         raise WaraError("config", f"{asked} is no share", "", "give a number above 0, at most 1")
-    chosen = list(positive) or (list(classes[1:]) if task == "binary" else [])
-    if not chosen:
-        what = "which classes are positive?"
-        raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")
-    for name in chosen:
-        if name not in classes:
-            remedy = suggest(name, classes)
-            raise WaraError("config", f"no class '{name}'", "--positive", remedy)
-    if set(chosen) == set(classes) and task != "multilabel":
-        raise WaraError("config", "every class is positive", "--positive", "leave one out")
+    chosen = positive_classes(positive, classes, task)
     index = [classes.index(name) for name in chosen]
     scored = {
         name: (
@@ -91,3 +82,27 @@ def operating_point(
         "threshold": threshold,
         **measures,
     }
+
+
+def positive_classes(asked: Sequence[str], classes: Sequence[str], task: str) -> list[str]:
+    """Return the classes that count as positive; of a binary task the second by default.
+
+    Args:
+        asked: names, or none.
+        classes: names of the outputs.
+        task: see `to_probs`.
+
+    Raises:
+        WaraError: kind "config" for an unknown class, none or all of them.
+    """
+    chosen = list(asked) or (list(classes[1:]) if task == "binary" else [])
+    if not chosen:
+        what = "which classes are positive?"
+        raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")
+    for name in chosen:
+        if name not in classes:
+            remedy = suggest(name, classes)
+            raise WaraError("config", f"no class '{name}'", "--positive", remedy)
+    if set(chosen) == set(classes) and task != "multilabel":
+        raise WaraError("config", "every class is positive", "--positive", "leave one out")
+    return chosen
