@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,6 @@ class Picture:
 
     file: str
     caption: str
-    wide: bool = False
 
 
 Part = Heading | Text | Banner | Tiles | Table | Picture
@@ -94,7 +93,7 @@ def as_html(title: str, parts: Sequence[Part], folder: Path) -> str:
         parts: of the report.
         folder: that pictures are relative to.
     """
-    body = "\n".join(_sections(parts, folder))
+    body = "\n".join(_html(part, folder) for part in parts)
     name = html.escape(title)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -102,24 +101,6 @@ def as_html(title: str, parts: Sequence[Part], folder: Path) -> str:
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{name}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
-
-
-def _sections(parts: Sequence[Part], folder: Path) -> Iterator[str]:
-    """Yield the parts; pictures that follow each other stand side by side."""
-    row: list[str] = []
-    for part in parts:
-        if isinstance(part, Picture) and not part.wide:
-            row.append(_html(part, folder))
-            continue
-        yield from _beside(row)
-        row = []
-        yield _html(part, folder)
-    yield from _beside(row)
-
-
-def _beside(pictures: Sequence[str]) -> Iterator[str]:
-    if pictures:
-        yield '<div class="beside">\n' + "\n".join(pictures) + "\n</div>"
 
 
 def _html(part: Part, folder: Path) -> str:
@@ -153,8 +134,10 @@ def _html(part: Part, folder: Path) -> str:
                 + "</tr>"
                 for first, *rest in rows
             )
+            top = f"<thead><tr>{head}</tr></thead>\n" if any(header) else ""
+            kind = "" if any(header) else ' class="facts"'
             return (
-                f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n'
+                f'<div class="table"><table{kind}>\n{top}'
                 f"<tbody>\n{lines}\n</tbody>\n</table></div>"
             )
 
@@ -181,10 +164,10 @@ th, td { padding: .32rem .8rem; text-align: left; border-bottom: 1px solid #e3e8
          vertical-align: top; }
 thead th { background: #eef1f4; white-space: nowrap; }
 tbody th { font-weight: 500; }
-.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr));
-          gap: 1rem 1.6rem; align-items: start; }
-figure { margin: .8rem 0; }
-img { max-width: 100%; height: auto; }
+td, tbody th { white-space: nowrap; }
+.facts td, .facts th { white-space: normal; }
+figure { margin: .8rem 0 1.4rem; }
+img { max-width: min(100%, 46rem); height: auto; }
 figcaption { color: #55636f; font-size: .86rem; max-width: 44rem; }
 @media print { body { background: #fff; font-size: 12px; } main { padding: 0; max-width: none; }
                figure, table, .tiles { break-inside: avoid; } h2 { break-after: avoid; } }

@@ -16,12 +16,12 @@ from wara.deploy import evaluation_report
 from wara.deploy.columns import UNKNOWN, By, groups_of, names_of, parse_by
 from wara.deploy.labelled import Labelled, Outcome, open_labelled, score
 from wara.deploy.models import Model, open_model
-from wara.deploy.operating import positive_classes
+from wara.deploy.operating import PARTS, positive_classes
 from wara.deploy.predictor import conformal_set, positive_score
 from wara.deploy.reliability import distances
 from wara.errors import WaraError
 from wara.evaluation import clinical_plots, plots
-from wara.evaluation.decisions import is_positive, net_benefit
+from wara.evaluation.decisions import MEASURES, is_positive, net_benefit
 from wara.evaluation.groups import Judged, compare_groups
 from wara.evaluation.intervals import mean_interval
 from wara.evaluation.metrics import decide, metric_names
@@ -236,7 +236,8 @@ class _Findings:
                 name: int(((self.truth == truth) & (self.decided == called)).sum())
                 for name, (truth, called) in pairs.items()
             },
-            **{name: everything[name] for name in ("sensitivity", "specificity", "ppv", "npv")},
+            **{name: everything[name] for name in MEASURES},
+            "reference": {part: point[part] for part in PARTS if part in point},
         }
 
     def _curve(self) -> dict[str, Any]:
@@ -359,4 +360,6 @@ def _draw(folder: Path, found: _Findings, content: dict[str, Any]) -> None:
     for number, (name, table) in enumerate(content["by"].items(), 1):
         metric = content["metrics"]["auc_macro"]
         path = folder / f"groups_{number}.png"
-        clinical_plots.groups(table["groups"], metric, "auc_macro", f"by {name}", path, **stamp)
+        clinical_plots.groups(
+            table["groups"], metric, "auc_macro", f"AUROC by {name}", path, **stamp
+        )

@@ -76,7 +76,7 @@ def _parts(content: Content, folder: Path) -> Iterator[Part]:
     yield Heading("Figures")
     yield from _figures(folder)
     yield Heading("How to read this")
-    yield from map(Text, _reading())
+    yield from map(Text, _reading(content))
 
 
 def _banners(content: Content) -> Iterator[str]:
@@ -175,7 +175,7 @@ def _operating_point(content: Content) -> Iterator[Part]:
     if point["reason"] is not None:
         yield Text(f"None: {point['reason']}.")
         return
-    asked = " and ".join(f"{k} {v:g}" for k, v in point["asked"].items() if v is not None)
+    asked = " and ".join(f"{k} of {v:g}" for k, v in point["asked"].items() if v is not None)
     counts, words = point["counts"], " or ".join(point["positive"])
     yield Text(
         f"Positive is {words}, from a score of {point['threshold']:.4f} on; it was chosen for a "
@@ -185,8 +185,13 @@ def _operating_point(content: Content) -> Iterator[Part]:
         "raised a false alarm."
     )
     names = ("sensitivity", "specificity", "ppv", "npv")
-    rows = [(label(n), cell(point[n]), str(point[n]["n"])) for n in names]
-    yield Table(("Measure", "Value", "Number of images"), rows)
+    before = point["reference"]
+    rows = [
+        (label(n), *(cell(said[n]) for said in (point, *before.values())), str(point[n]["n"]))
+        for n in names
+    ]
+    earlier = [f"{part.capitalize()} images" for part in before]
+    yield Table(("Measure", "These images", *earlier, "Number of images here"), rows)
     yield Text(
         "Predictive values hold for the share of positives in these images; where the disease is "
         "rarer, the positive predictive value is lower.",
@@ -200,7 +205,7 @@ def _decision_curve(content: Content) -> Iterator[Part]:
     if curve["reason"] is not None:
         yield Text(f"None: {curve['reason']}.")
         return
-    yield Picture("figures/decision_curve.png", "Net benefit over threshold probabilities", True)
+    yield Picture("figures/decision_curve.png", "Net benefit over threshold probabilities")
     better = [
         t for t, model, everyone in zip(
             curve["threshold"], curve["model"], curve["all"], strict=True
@@ -216,18 +221,22 @@ def _decision_curve(content: Content) -> Iterator[Part]:
 
 
 def _better(at: Sequence[float]) -> str:
-    if not at:
-        return "At no threshold is deciding by the model better than treating all or none."
     runs: list[list[float]] = []
     for t in at:
         if runs and t - runs[-1][-1] < 0.015:
             runs[-1].append(t)
         else:
             runs.append([t])
-    spans = ", ".join(
-        f"{run[0]:.2f} to {run[-1]:.2f}" if len(run) > 1 else f"{run[0]:.2f}" for run in runs
+    spans = [f"{run[0]:.2f} to {run[-1]:.2f}" for run in runs if run[-1] - run[0] > 0.045]
+    if not spans:
+        return (
+            "Over no span of 0.05 of threshold probability is deciding by the model better than "
+            "both treating all and treating none."
+        )
+    return (
+        "Deciding by the model is better than both treating all and treating none at threshold "
+        f"probabilities of {', and of '.join(spans)} (spans of at least 0.05 are named)."
     )
-    return f"Deciding by the model is better than treating all or none at thresholds of {spans}."
 
 
 def _restraint(content: Content) -> Iterator[Part]:
@@ -250,8 +259,8 @@ def _restraint(content: Content) -> Iterator[Part]:
         yield Text(f"Sets of classes: none; {conformal['reason']}.")
         return
     yield Text(
-        f"Conformal sets should hold the true class in {conformal['wanted']:.0%} of images where "
-        "images are like those they were made on."
+        f"Conformal sets should hold the true class in {100 * conformal['wanted']:g} % of images, "
+        "where images are like those they were made on."
     )
     shares = [
         ("Sets that hold the true class", cell(conformal["coverage"])),
@@ -264,38 +273,28 @@ def _restraint(content: Content) -> Iterator[Part]:
 
 def _groups(name: str, table: Content, picture: str) -> Iterator[Part]:
     yield Heading(f"By {name}")
-    groups, gaps = table["groups"], table["gap"]
-    yield Picture(picture, f"{_NAMES['auc_macro']}, by {name}", True)
-    metrics = list(gaps)
+    yield Picture(picture, f"{_NAMES['auc_macro']}, by {name}")
+    large = {g: said for g, said in table["groups"].items() if said["n"] >= SMALLEST}
+    small = [f"{g} ({said['n']})" for g, said in table["groups"].items() if g not in large]
+    if small:
+        few = f"groups of fewer than {SMALLEST} images have no figures"
+        yield Text(f"Not computed: {', '.join(small)}; {few}.")
+    if not large:
+        return
     yield Table(
-        ("Group", "Images", "Patients", *map(label, metrics)),
-        [
-            (g, str(said["n"]), "–" if said["patients"] is None else str(said["patients"]),
-             *(_short(said["metrics"][m]) for m in metrics))
-            for g, said in groups.items()
-        ],
-    )  # fmt: skip
-    yield Text("Difference of each group to all other groups together:")
-    yield Table(
-        ("Group", *map(label, metrics)),
-        [(g, *(_signed(said["difference"][m]) for m in metrics)) for g, said in groups.items()],
-    )
-    yield Text("Largest gap between two groups:")
-    yield Table(
-        ("Metric", "Gap", "Highest", "Lowest"),
-        [(label(m), cell(e), e["highest"] or "–", e["lowest"] or "–") for m, e in gaps.items()],
-    )
-    yield Text(
-        "Read the differences: an interval that holds 0 shows no difference, but with few images "
-        "it cannot rule one out either, and among many groups one in twenty lies apart by chance. "
-        f"The gap is above 0 by chance alone. Groups of fewer than {SMALLEST} images have no "
-        "figures.",
-        small=True,
+        ("Metric", "Group", "Images", "Value", "Difference to the others"),
+        [row for m in table["gap"] for row in _block(m, large, table["gap"][m])],
     )
 
 
-def _short(entry: Content) -> str:
-    return "–" if entry["value"] is None else cell(entry)
+def _block(metric: str, groups: Mapping[str, Content], gap: Content) -> Iterator[Sequence[str]]:
+    name = label(metric)
+    for g, said in groups.items():
+        entry = said["metrics"][metric]
+        yield name, g, str(entry["n"]), cell(entry), _signed(said["difference"][metric])
+        name = ""
+    if gap["value"] is not None and len(groups) > 2:
+        yield "", "largest gap", "", cell(gap), f"{gap['highest']} – {gap['lowest']}"
 
 
 def _signed(entry: Content) -> str:
@@ -317,13 +316,20 @@ def _figures(folder: Path) -> Iterator[Part]:
             yield Picture(f"figures/{name}.png", caption)
 
 
-def _reading() -> Iterator[str]:
+def _reading(content: Content) -> Iterator[str]:
     yield (
         "AUROC is the chance that the model ranks an image of a class above one of another; 0.5 is "
         "guessing. Sensitivity and specificity per class are those of the top class. A dash stands "
-        "where a figure is not defined or not known; metrics.json holds the reason of each, and "
-        "predictions.csv every image."
+        "where a figure is not known; metrics.json holds every figure with its reason where it has "
+        "none, and predictions.csv every image."
     )
+    if content["by"]:
+        yield (
+            "Of groups, read the differences: an interval that holds 0 shows no difference, but "
+            "with few images it cannot rule one out either, and among many groups one in twenty "
+            "lies apart by chance. The largest gap is above 0 by chance alone. Images without a "
+            "value in the column are compared with none."
+        )
     yield (
         "This is a measurement on the images named above, not an approval. It says nothing of "
         "other scanners, other patients or later times."

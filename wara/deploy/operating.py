@@ -11,6 +11,8 @@ from wara.errors import WaraError, suggest
 from wara.evaluation.calibration import to_probs
 from wara.evaluation.decisions import choose_threshold, decision_measures, is_positive
 
+PARTS = ("validation", "test", "local")  # names of images that an operating point is measured on
+
 
 def operating_point(
     parts: Mapping[str, Scored],

@@ -63,7 +63,7 @@ def groups(
         table: group -> `n` and `metrics`, see `wara.evaluation.groups.compare_groups`.
         overall: the metric of all images.
         metric: its name.
-        title: of the figure.
+        title: what the axis shows.
         path: the PNG to write.
         synthetic: stamp the figure.
     """
@@ -85,7 +85,6 @@ def groups(
     labels = [f"{plain(name)}  (n {table[name]['n']})" for name in names]
     ax.set_yticks(range(len(names)), labels, fontsize=8)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlabel(metric.replace("_", " "))
-    ax.set_title(plain(title, 60), fontsize=10, loc="right")
+    ax.set_xlabel(plain(title, 60))
     ax.grid(alpha=0.25, axis="x")
     return save(fig, path, synthetic)
