@@ -176,6 +176,7 @@ class _Export:
             "limits": self.images.card.limits or "not given",
             "licence_of_images": self.images.card.licence or "not given",
             "parent": None,
+            "calibration": None,
         }  # fmt: skip
         (self.folder / "MODEL_CARD.md").write_text(card.markdown(manifest), encoding="utf-8")
         manifest["files"] = describe_files(self.folder)

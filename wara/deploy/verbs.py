@@ -108,6 +108,27 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"report   {out / 'report.html'}")
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the parent")
+    parser.add_argument(
+        "--data", required=True, help="local cases: a card, a table, or a folder of classes"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the new folder")
+    _point_arguments(parser)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from wara.deploy.calibrate import Wanted, calibrate
+
+    wanted = Wanted(
+        positive=_names(arguments.positive),
+        sensitivity=arguments.sensitivity,
+        specificity=arguments.specificity,
+    )
+    made = calibrate(arguments.bundle, arguments.data, arguments.out, wanted)
+    print(f"bundle   {made}")
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a bundle, a run folder or a trace")
 
@@ -125,5 +146,6 @@ VERBS = (
     Verb("predict", "predict images with a bundle", _predict_arguments, _predict),
     Verb("evaluate", "evaluate a bundle or a run on labelled images", _evaluate_arguments,
          _evaluate),
+    Verb("calibrate", "fit a bundle to local cases", _calibrate_arguments, _calibrate),
     Verb("verify", "check a bundle, a run or a trace", _verify_arguments, _verify),
 )  # fmt: skip
