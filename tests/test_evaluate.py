@@ -466,3 +466,61 @@ def test_columns_and_bands() -> None:
         groups_of(By("age"), ["", "nan"])
     with pytest.raises(WaraError, match="no column 'site'; --by; name a table"):
         parse_by("site", [])
+
+
+# -- labels that do not exclude each other ----------------------------------------------------
+
+
+def test_labels_apart_are_evaluated_and_calibrated_one_by_one(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    from deploy_helpers import make_bundle
+    from training_helpers import make_images, make_weights
+
+    from wara.deploy.bundle import open_bundle
+    from wara.deploy.calibrate import Wanted, calibrate
+    from wara.deploy.export import Wish
+
+    data = make_images(tmp_path / "data", (24, 24, 24))
+    make_weights(tmp_path / "weights.safetensors")
+    head, *lines = (data / "labels.csv").read_text().splitlines()
+    words = {"calm": "", "mixed": "a", "rough": "a|b"}
+    for name, labels in words.items():
+        lines = [line.replace(f",{name},", f",{labels},") for line in lines]
+    (data / "labels.csv").write_text("\n".join([head, *lines]) + "\n")
+    card = CARD[: CARD.index("classes:")].replace("multiclass", "multilabel") + (
+        "classes: [{name: a, meaning: ''}, {name: b, meaning: ''}]\n"
+        "source: {kind: csv, path: data/labels.csv}\n"
+    )
+    (tmp_path / "grain.yaml").write_text(card)
+    bundle = make_bundle(tmp_path, Wish(positive=["a", "b"], specificity=0.5), epochs=1)
+    swapped = card.replace(
+        "[{name: a, meaning: ''}, {name: b, meaning: ''}]",
+        "[{name: b, meaning: ''}, {name: a, meaning: ''}]",
+    )
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "grain.yaml"
+    other.write_text(swapped.replace("data/labels.csv", str(data / "labels.csv")))
+    request = Request(bootstrap=20)
+    made = evaluate(bundle, str(other), tmp_path / "out", request, say=quiet)
+    found, said = rows(made), content(made)
+    truth = np.array([[n in row["label"].split("|") for n in "ab"] for row in found])
+    probs = np.array([[float(row[f"prob_{n}"]) for n in "ab"] for row in found])
+    assert said["data"]["classes"] == {"a": 48, "b": 24}
+    for k, name in enumerate("ab"):
+        assert value(said["metrics"][f"auc_{name}"]) == roc_auc_score(truth[:, k], probs[:, k])
+    threshold = said["operating_point"]["threshold"]
+    called = probs.max(1) >= threshold
+    assert value(said["operating_point"]["sensitivity"]) == called[truth.any(1)].mean()
+    assert "not exclusive" in said["conformal"]["reason"]
+    child = calibrate(bundle, str(other), tmp_path / "local", Wanted(bootstrap=20), say=quiet)
+    manifest = open_bundle(child).manifest
+    assert manifest["calibration"]["after"]["coverage"]["value"] is None
+    scaled = 1 / (1 + np.exp(-np.array(
+        [[float(row[f"logit_{n}"]) for n in "ab"] for row in found]) / manifest["temperature"]
+    ))  # fmt: skip
+    own = -np.log(np.where(truth, scaled, 1 - scaled)).mean()
+    assert manifest["calibration"]["after"]["nll"]["value"] == pytest.approx(own, abs=1e-9)
+    table = tmp_path / "plain.csv"
+    table.write_text(f"file,label\n{data}/images/calm_000.png,a\n{data}/images/calm_001.png,b\n")
+    with pytest.raises(WaraError, match="any number of labels per image, the data have one"):
+        evaluate(bundle, str(table), tmp_path / "none", say=quiet)
