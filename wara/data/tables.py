@@ -31,10 +31,10 @@ def open_table(path: Path, card: Card | None = None, modality: Modality | None =
 
     Columns: `file` (path of the image, relative to the table), then either `label` (a class name
     or alias; `a|b` for several labels, empty for none of them) or one column of 0 and 1 per class.
-    `patient` and `split` (train, val, test) are optional; further columns are ignored beside a
-    `label` column. A card's `source` may name other columns. A column that seems to name patients
-    in other words (`patient_id`, `subject`, ...) is refused unless there is a `patient` column or
-    the card has a `group_column` or a `patient_pattern`.
+    `patient` and `split` (train, val, test) are optional; further columns beside a `label` column
+    decide nothing, `ImageSet.columns` keeps them. A card's `source` may name other columns. A
+    column that seems to name patients in other words (`patient_id`, `subject`, ...) is refused
+    unless there is a `patient` column or the card has a `group_column` or a `patient_pattern`.
 
     Args:
         path: the table.

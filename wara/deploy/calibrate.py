@@ -96,7 +96,7 @@ def calibrate(
     wanted, out = wanted or Wanted(), Path(out)
     with new_folder(out) as folder:
         parent = open_bundle(bundle)
-        model = of_bundle(Predictor(bundle))
+        model = of_bundle(Predictor(bundle, abstain_on=()))
         labelled = open_labelled(data, model)
         say(f"asking the model about {len(labelled.indices)} cases")
         outcome = score(model, labelled)

@@ -88,7 +88,7 @@ def open_model(path: str | Path) -> Model:
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        return of_bundle(Predictor(path))
+        return of_bundle(Predictor(path, abstain_on=()))
     if not path.is_dir():
         remedy = "give a bundle, or the folder of a finished run"
         raise WaraError("artefact", "no such folder", str(path), remedy)
