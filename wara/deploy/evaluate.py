@@ -244,6 +244,9 @@ class _Findings:
         if self.scores is None or self.truth is None:
             remedy = "name classes with --positive"
             return {"reason": f"nothing says which classes are positive; {remedy}"}
+        if self.truth.all() or not self.truth.any():
+            which = "every" if self.truth.all() else "no"
+            return {"reason": f"{which} image is of a positive class"}
         curve = net_benefit(self.scores, self.truth, _THRESHOLDS)
         return {
             "reason": None,
