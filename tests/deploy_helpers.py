@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from training_helpers import make_images, make_weights, tiny_config
 
 from wara.deploy.export import Wish, export
@@ -41,3 +43,20 @@ def make_bundle(folder: Path, wish: Wish | None = None, **changes: Any) -> Path:
     """Train and export."""
     run = make_run(folder, **changes)
     return export(run, folder / "bundle", wish, say=lambda _: None)
+
+
+def make_cases(folder: Path, per_class: tuple[int, ...] = (30, 26, 22)) -> Path:
+    """Write labelled images of another place: noisier, with columns for site, sex and age."""
+    make_images(folder, per_class)
+    rng = np.random.default_rng(7)
+    header, *rows = (folder / "labels.csv").read_text().splitlines()
+    lines = [f"{header},site,sex,age"]
+    for number, row in enumerate(rows):
+        path = folder / row.split(",")[0]
+        pixels = np.asarray(Image.open(path)).astype(float) + rng.normal(0, 12, (32, 32))
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
+        site = "north" if number % 7 < 3 else "west" if number % 7 == 3 else "south"
+        sex = ("f", "m", "unknown")[number // 2 % 3]
+        lines.append(f"{row},{site},{sex},{20 + number * 7 % 60}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder

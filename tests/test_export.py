@@ -287,7 +287,7 @@ def test_conformal_sets_cover_what_they_promise() -> None:
 
 def test_too_few_images_for_a_coverage() -> None:
     limit, reason = conformal_threshold(np.full((8, 2), 0.5), np.zeros(8, int), 0.9)
-    assert limit is None and "8 validation images are too few" in str(reason)
+    assert limit is None and "8 images are too few" in str(reason)
     limit, reason = conformal_threshold(np.full((9, 2), 0.5), np.zeros(9, int), 0.9)
     assert limit is not None
     assert conformal_threshold(np.zeros((9, 2)), np.zeros((9, 2), int), 0.9)[0] is None

@@ -819,3 +819,13 @@ def test_the_page_shows_what_the_cases_give() -> None:
 
 if __name__ == "__main__" and "--write" in sys.argv:
     pages.write(*made())
+
+
+def test_what_a_table_says_beyond_the_label_is_kept_for_each_record(tmp_path: Path) -> None:
+    for value, name in enumerate("abc"):
+        put(tmp_path / f"{name}.png", picture(value))
+    table = tmp_path / "t.csv"
+    table.write_text("file,label,age\na.png,x,40\nb.png,,50\nc.png,y,60\n")
+    images = open_source(str(table), cache=None, offline="error", seed=0)
+    assert len(images.faults) == 1  # the row without a label is no record
+    assert images.columns["age"] == ["40", "60"] and images.columns["label"] == ["x", "y"]

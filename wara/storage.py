@@ -122,6 +122,35 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             _remove(temp)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder; on success it gets the name `path`, on any failure it is removed.
+
+    Raises:
+        WaraError: kind "usage" when there is something of that name already, kind "storage" when
+            the file system refuses.
+    """
+    if path.exists():
+        what, remedy = "there is something already", "choose another --out, or remove it"
+        raise WaraError("usage", what, str(path), remedy)
+    temp = temp_name(path)
+    try:
+        _remove(temp)
+        temp.mkdir(parents=True)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    try:
+        yield temp
+        try:
+            temp.rename(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise storage_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(temp)
+
+
 def _exchange(one: Path, two: Path) -> None:
     """Give each of two entries the other's name."""
     import ctypes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,6 +142,7 @@ class ImageSet:
             them with everything else.
         left_out: what lies there and was not taken, one sentence; a note, and the last line of
             what the gate refuses.
+        columns: what a table says of each record beyond that: its cells, by the name of a column.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class ImageSet:
         notes: Sequence[str] = (),
         faults: Sequence[WaraError] = (),
         left_out: str = "",
+        columns: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.card = card
         self.records = tuple(records)
@@ -166,6 +168,7 @@ class ImageSet:
         self.notes = (*notes, left_out) if left_out else tuple(notes)
         self.left_out = left_out
         self.faults = tuple(faults)
+        self.columns = dict(columns or {})
         self.unreadable: tuple[WaraError, ...] | None = None
         self.bits: int | None = card.bits
         self.greys: str = card.greys

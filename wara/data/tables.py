@@ -12,7 +12,7 @@ from wara.data.imageset import FileReader, ImageSet, Record
 from wara.data.infer import SPLIT_WORDS
 from wara.data.labels import Answer, labels_of
 from wara.data.places import Places, find_images
-from wara.data.sheets import OWN_COLUMNS, Sheet, read_sheet
+from wara.data.sheets import OWN_COLUMNS, Row, Sheet, read_sheet
 from wara.data.words import known_patient, nobody_note
 from wara.errors import WaraError, suggest
 
@@ -31,10 +31,10 @@ def open_table(path: Path, card: Card | None = None, modality: Modality | None =
 
     Columns: `file` (path of the image, relative to the table), then either `label` (a class name
     or alias; `a|b` for several labels, empty for none of them) or one column of 0 and 1 per class.
-    `patient` and `split` (train, val, test) are optional; further columns are ignored beside a
-    `label` column. A card's `source` may name other columns. A column that seems to name patients
-    in other words (`patient_id`, `subject`, ...) is refused unless there is a `patient` column or
-    the card has a `group_column` or a `patient_pattern`.
+    `patient` and `split` (train, val, test) are optional; further columns beside a `label` column
+    decide nothing, `ImageSet.columns` keeps them. A card's `source` may name other columns. A
+    column that seems to name patients in other words (`patient_id`, `subject`, ...) is refused
+    unless there is a `patient` column or the card has a `group_column` or a `patient_pattern`.
 
     Args:
         path: the table.
@@ -85,6 +85,7 @@ def open_table(path: Path, card: Card | None = None, modality: Modality | None =
 
     records: list[Record] = []
     paths: list[Path] = []
+    taken: list[Row] = []
     faults: list[WaraError] = []
     seen: dict[str, int] = {}
     splits = [SPLIT_WORDS.get(row[split].lower()) if split else None for row in sheet.rows]
@@ -102,6 +103,7 @@ def open_table(path: Path, card: Card | None = None, modality: Modality | None =
             continue
         records.append(Record(places.files[index], answer.label, people[index], splits[index]))
         paths.append(places.paths[index])
+        taken.append(row)
     return ImageSet(
         card,
         records,
@@ -109,6 +111,7 @@ def open_table(path: Path, card: Card | None = None, modality: Modality | None =
         origin=f"table {path}",
         notes=[*sheet.notes, *places.notes, *notes],
         faults=faults,
+        columns={name: [row[name] for row in taken] for name in sheet.header},
     )
 
 

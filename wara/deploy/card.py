@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from wara.deploy.operating import PARTS
 
 _SHOWN = ("auc_macro", "balanced_accuracy", "accuracy", "f1_macro", "qwk", "ece", "brier")
 
@@ -57,7 +59,7 @@ license: other
 {_metrics(manifest["metrics"])}
 
 95 % intervals in brackets, resampled by patient where patients are known.
-{_point(manifest["operating_point"])}
+{_point(manifest["operating_point"])}{_calibration(manifest)}
 ## How to use it
 
 ```
@@ -107,16 +109,46 @@ def _point(point: Mapping[str, Any] | None) -> str:
         return (
             "\nNo operating point was chosen: `decision` is empty, `prediction` is the top class.\n"
         )
-    asked = ", ".join(f"{k} {v:g}" for k, v in point["asked"].items() if v is not None)
-    rows = "\n".join(
-        f"| {name} | {cell(point['validation'][name])} | {cell(point.get('test', {}).get(name))} |"
-        for name in point["validation"]
-    )
+    asked = ", ".join(f"{k} of {v:g}" for k, v in point["asked"].items() if v is not None)
+    parts = [name for name in PARTS if name in point]
+    rows = _rows([point[part] for part in parts])
     return f"""
 Operating point: positive is {" or ".join(point["positive"])}, from a score of \
-{point["threshold"]:.4f} on; asked for was a {asked} on validation images.
+{point["threshold"]:.4f} on; asked for was a {asked} on {parts[0]} images.
 
-| measure | validation | test |
-|---|---|---|
+| measure | {" | ".join(parts)} |
+|---|{"---|" * len(parts)}
 {rows}
+"""
+
+
+def _rows(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line of a table for each measure, with a cell for each part."""
+    return "\n".join(
+        f"| {name} | {' | '.join(cell(part.get(name)) for part in parts)} |" for name in parts[0]
+    )
+
+
+def _calibration(manifest: Mapping[str, Any]) -> str:
+    done = manifest["calibration"]
+    if done is None:
+        return ""
+    who = "patients not known" if done["patients"] is None else f"of {done['patients']} patients"
+    drawn = "drawn images" if done["synthetic"] else "cases"
+    temperature = done["temperature"]
+    return f"""
+## Calibration
+
+Temperature and thresholds were fitted to {done["cases"]} local {drawn} ({who}); the model is that \
+of the bundle {manifest["parent"]["sha256"]}. Temperature {temperature["before"]:.3f} before, \
+{temperature["after"]:.3f} after. The table above, of validation and test images, is older. The \
+old limit would have turned away {cell(done["beyond_old_limit"])} of these cases as unlike the \
+training images.
+
+| on the local cases | before | after, on the cases of the fit | after, cross-fitted |
+|---|---|---|---|
+{_rows([done["before"], done["after"], done["cross_fitted"]])}
+
+Cross-fitted: each fifth of the cases is judged by numbers fitted to the others. That column tells
+what to expect of the next cases.
 """

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from wara.deploy.predictor import Prediction, Predictor
 from wara.deploy.rebuild import load_bundle_model
 from wara.errors import WaraError
-from wara.evaluation.canvas import PALETTE, new_figure, plain_text, save_png
+from wara.evaluation.canvas import PALETTE, new_figure, save, text_of
 from wara.vit import token_layout
 
 STEPS = (16, 64)
@@ -165,7 +165,7 @@ def overlay(
     lines = _caption(predictor, prediction, found)
     if rounded:
         lines.append("the shares are those of the float32 weights, the answer is that of int8")
-    name = plain_text(predictor.classes[found.target])
+    name = text_of(predictor.classes[found.target])
     _draw(prediction.reading.shown, found, name, lines, path, bool(manifest["synthetic"]))
     return found
 
@@ -173,7 +173,7 @@ def overlay(
 def _caption(predictor: Predictor, prediction: Prediction, found: Shares) -> list[str]:
     """Return the lines above the pictures: what is said, and what the shares sum to."""
     row, name = prediction.row, predictor.classes[found.target]
-    said = f"{plain_text(name)}  {row[f'prob_{name}']:.3f}"
+    said = f"{text_of(name)}  {row[f'prob_{name}']:.3f}"
     if row["decision"] is not None:
         said += f"   decision {row['decision']}"
     if row["abstain"]:
@@ -212,4 +212,4 @@ def _draw(
     bar.set_label("share of a patch in the logit: + for, − against", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     fig.suptitle("\n".join(lines), fontsize=10)
-    save_png(fig, path, synthetic)
+    save(fig, path, synthetic)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,14 +19,14 @@ from wara.data.sources import open_source
 from wara.deploy import card, parity
 from wara.deploy.bundle import FORMAT, MANIFEST, VERSION, canonical, describe_files, seal
 from wara.deploy.graph import export_onnx, plain, quantise
-from wara.deploy.operating import operating_point, positive_classes
+from wara.deploy.operating import operating_point, point_classes
 from wara.deploy.predictor import session
 from wara.deploy.reliability import Scored, feature_statistics, reliability, temperature_of
 from wara.errors import WaraError
 from wara.images import ImageSpec, load_array, normalise
 from wara.runs.load import Run, load_run
 from wara.runs.provenance import utc_now
-from wara.storage import storage_error
+from wara.storage import new_folder
 
 # What a bundle is run by, in the folder `wara` of a bundle but for the two that people look for.
 SHIPPED = (
@@ -84,26 +83,16 @@ def export(
             else; nothing is left then.
     """
     wish, out = wish or Wish(), Path(out)
-    if out.exists():
-        what = "there is something already"
-        raise WaraError("usage", what, str(out), "choose another --out, or remove it")
-    found = load_run(run)
-    _check(found, wish)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / "bundle"
-        folder.mkdir()
+    with new_folder(out) as folder:
+        found = load_run(run)
+        _check(found, wish)
         _Export(found, folder, wish, say).write()
-        try:
-            folder.rename(out)
-        except OSError as error:
-            raise storage_error(error, out) from error
     return out
 
 
 def _check(run: Run, wish: Wish) -> None:
     """Refuse at once what minutes of work would not change."""
-    positive_classes(
+    point_classes(
         run.classes, run.task, positive=wish.positive, sensitivity=wish.sensitivity,
         specificity=wish.specificity,
     )  # fmt: skip
@@ -143,11 +132,12 @@ class _Export:
         )
         temperature, why = temperature_of(scored["val"])
         statistics = feature_statistics(scored["train"])
-        trusted = reliability(scored["val"], scored["test"], statistics, temperature, run.task)
+        parts = {"validation": scored["val"], "test": scored["test"]}
+        trusted = reliability(parts, statistics, temperature, run.task)
         (self.folder / "reliability.npz").write_bytes(statistics)
         (self.folder / "reliability.json").write_bytes(canonical(trusted))
         point = operating_point(
-            scored["val"], scored["test"], run.classes, run.task, temperature,
+            parts, run.classes, run.task, temperature,
             positive=self.wish.positive, sensitivity=self.wish.sensitivity,
             specificity=self.wish.specificity, bootstrap=run.config.bootstrap,
         )  # fmt: skip
@@ -192,6 +182,7 @@ class _Export:
             "limits": self.images.card.limits or "not given",
             "licence_of_images": self.images.card.licence or "not given",
             "parent": None,
+            "calibration": None,
         }  # fmt: skip
         (self.folder / "MODEL_CARD.md").write_text(card.markdown(manifest), encoding="utf-8")
         manifest["files"] = describe_files(self.folder)

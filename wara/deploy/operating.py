@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wara.deploy.predictor import positive_score
@@ -11,8 +11,10 @@ from wara.errors import WaraError, suggest
 from wara.evaluation.calibration import to_probs
 from wara.evaluation.decisions import choose_threshold, decision_measures, is_positive
 
+PARTS = ("validation", "test", "local")  # names of images that an operating point is measured on
 
-def positive_classes(
+
+def point_classes(
     classes: Sequence[str],
     task: str,
     *,
@@ -35,22 +37,11 @@ def positive_classes(
     asked = sensitivity if specificity is None else specificity
     if not 0 < float(asked or 0) <= 1:
         raise WaraError("config", f"{asked} is no share", "", "give a number above 0, at most 1")
-    chosen = list(positive) or (list(classes[1:]) if task == "binary" else [])
-    if not chosen:
-        what = "which classes are positive?"
-        raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")
-    for name in chosen:
-        if name not in classes:
-            remedy = suggest(name, classes)
-            raise WaraError("config", f"no class '{name}'", "--positive", remedy)
-    if set(chosen) == set(classes) and task != "multilabel":
-        raise WaraError("config", "every class is positive", "--positive", "leave one out")
-    return chosen
+    return positive_classes(positive, classes, task)
 
 
 def operating_point(
-    val: Scored,
-    test: Scored,
+    parts: Mapping[str, Scored],
     classes: Sequence[str],
     task: str,
     temperature: float,
@@ -60,11 +51,11 @@ def operating_point(
     specificity: float | None,
     bootstrap: int,
 ) -> dict[str, Any] | None:
-    """Choose a threshold on validation images, and measure it on validation and test images.
+    """Choose a threshold on the first part of the images, and measure it on every part.
 
     Args:
-        val: validation images.
-        test: test images.
+        parts: images that the model did not learn from, by the name of the part, such as
+            `validation` and `test`.
         classes: names of the outputs.
         task: see `to_probs`.
         temperature: of the probabilities.
@@ -77,9 +68,9 @@ def operating_point(
         What was asked, the threshold of the score, and the measures; None when none was asked for.
 
     Raises:
-        WaraError: as `positive_classes`, and when no threshold reaches what was asked.
+        WaraError: as `point_classes`, and when no threshold reaches what was asked.
     """
-    chosen = positive_classes(
+    chosen = point_classes(
         classes, task, positive=positive, sensitivity=sensitivity, specificity=specificity
     )
     if not chosen:
@@ -90,18 +81,22 @@ def operating_point(
             positive_score(to_probs(part.logits, task=task, temperature=temperature), index, task),
             is_positive(part.labels, index),
         )
-        for name, part in (("validation", val), ("test", test))
-        if len(part.labels)
+        for name, part in parts.items()
     }
+    first = next(iter(parts))
     threshold = choose_threshold(
-        *scored["validation"], sensitivity=sensitivity, specificity=specificity
+        *scored[first], sensitivity=sensitivity, specificity=specificity, images=first
     )
-    patients = {"validation": val.patients, "test": test.patients}
     measures = {
         name: decision_measures(
-            truth, scores >= threshold, patients=patients[name], bootstrap=bootstrap, seed=0
+            truth,
+            scores >= threshold,
+            patients=parts[name].patients,
+            bootstrap=bootstrap,
+            seed=0,
         )
         for name, (scores, truth) in scored.items()
+        if len(truth)
     }
     return {
         "positive": chosen,
@@ -109,3 +104,27 @@ def operating_point(
         "threshold": threshold,
         **measures,
     }
+
+
+def positive_classes(asked: Sequence[str], classes: Sequence[str], task: str) -> list[str]:
+    """Return the classes that count as positive; of a binary task the second by default.
+
+    Args:
+        asked: names, or none.
+        classes: names of the outputs.
+        task: see `to_probs`.
+
+    Raises:
+        WaraError: kind "config" for an unknown class, none or all of them.
+    """
+    chosen = list(asked) or (list(classes[1:]) if task == "binary" else [])
+    if not chosen:
+        what = "which classes are positive?"
+        raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")
+    for name in chosen:
+        if name not in classes:
+            remedy = suggest(name, classes)
+            raise WaraError("config", f"no class '{name}'", "--positive", remedy)
+    if set(chosen) == set(classes) and task != "multilabel":
+        raise WaraError("config", "every class is positive", "--positive", "leave one out")
+    return chosen

@@ -104,7 +104,7 @@ class Predictor:
         self.abstain_on = tuple(abstain_on)
         for reason in self.abstain_on:
             self._check_reason(reason)
-        self._distance = Distance(self.bundle.read("reliability.npz"))
+        self.distance = Distance(self.bundle.read("reliability.npz"))
         self._session = session(self.bundle.read("model.onnx"), str(folder), threads)
 
     def _check_reason(self, reason: str) -> None:
@@ -244,7 +244,7 @@ class Predictor:
         conformal = conformal_set(probs, self.reliability["conformal"]["threshold"])
         if conformal is not None:
             said["conformal_set"] = "|".join(self.classes[k] for k in conformal)
-        score = self._distance(features)
+        score = self.distance(features)
         said["ood_score"] = round(score, 4)
         grid = self.reliability["ood"]["validation_scores"]
         said["ood_percentile"] = round(100.0 * float(np.searchsorted(grid, score)) / len(grid), 1)

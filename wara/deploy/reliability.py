@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ def conformal_threshold(
     n = len(labels)
     place = math.ceil((n + 1) * coverage)
     if place > n:
-        return None, f"{n} validation images are too few for a coverage of {coverage:g}"
+        return None, f"{n} images are too few for a coverage of {coverage:g}"
     scores = np.sort(1 - probs[np.arange(n), labels])
     return float(scores[place - 1]), None
 
@@ -94,25 +94,26 @@ def feature_statistics(scored: Scored) -> bytes:
 
 
 def reliability(
-    val: Scored, test: Scored, statistics: bytes, temperature: float, task: str
+    parts: Mapping[str, Scored], statistics: bytes, temperature: float, task: str
 ) -> dict[str, Any]:
     """Return the content of `reliability.json`.
 
     Args:
-        val: validation images: thresholds are chosen on them.
-        test: test images: rates are measured on both.
+        parts: images that the model did not learn from, by the name of the part: thresholds are
+            chosen on the first one, rates are measured on all.
         statistics: of the training features.
         temperature: of the probabilities.
         task: see `to_probs`.
     """
-    probs = to_probs(val.logits, task=task, temperature=temperature)
-    threshold, reason = conformal_threshold(probs, val.labels, COVERAGE)
+    first, chosen_on = next(iter(parts.items()))
+    probs = to_probs(chosen_on.logits, task=task, temperature=temperature)
+    threshold, reason = conformal_threshold(probs, chosen_on.labels, COVERAGE)
     distance = Distance(statistics)
-    scores = {"validation": _distances(distance, val), "test": _distances(distance, test)}
-    own = np.sort(scores["validation"])
+    scores = {name: distances(distance, part.features) for name, part in parts.items()}
+    own = np.sort(scores[first])
     limit = float(np.quantile(own, OOD_QUANTILE)) if len(own) else None
     rates = {}
-    for name, scored in (("validation", val), ("test", test)):
+    for name, scored in parts.items():
         rates[name] = {
             "n": len(scored.labels),
             "ood": _share(scores[name] > limit) if limit is not None else None,
@@ -122,12 +123,13 @@ def reliability(
         }
     return {
         "temperature": temperature,
+        "chosen_on": first,
         "conformal": {"coverage": COVERAGE, "threshold": threshold, "reason": reason},
         "ood": {
             "file": "reliability.npz",
             "quantile": OOD_QUANTILE,
             "threshold": limit,
-            "reason": None if limit is not None else "no validation images",
+            "reason": None if limit is not None else f"no {first} images",
             "validation_scores": [round(float(s), 4) for s in np.quantile(
                 own, np.linspace(0, 1, min(len(own), 1001)))] if len(own) else [],
         },
@@ -135,8 +137,9 @@ def reliability(
     }  # fmt: skip
 
 
-def _distances(distance: Distance, scored: Scored) -> Floats:
-    return np.array([distance(features) for features in scored.features])
+def distances(distance: Distance, features: Floats) -> Floats:
+    """Return the distance to the training images of features `[n, d]`, `[n]`."""
+    return np.array([distance(row) for row in features])
 
 
 def _share(hits: NDArray[np.bool_]) -> float | None:

@@ -88,7 +88,7 @@ class Trace:
         }
         self.last = _hash(body)
         try:
-            self._stream.write(json.dumps({**body, "hash": self.last}, ensure_ascii=False) + "\n")
+            self._stream.write(_line(body, self.last) + "\n")
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:
@@ -108,6 +108,10 @@ def _hash(body: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _line(body: dict[str, Any], said: str) -> str:
+    return json.dumps({**body, "hash": said}, ensure_ascii=False)
+
+
 def verify_trace(path: Path) -> str:
     """Check every line of a trace.
 
@@ -118,8 +122,9 @@ def verify_trace(path: Path) -> str:
         WaraError: kind "artefact", naming the first line that was changed, removed or moved.
     """
     last, open_lines = _START, 0
-    for number, body, said in _lines(path):
-        if _hash(body) != said:
+    for number, text, body, said in _lines(path):
+        # The line as well as its content: a blank or a key that stands twice is a change, too.
+        if _hash(body) != said or _line(body, said) != text:
             raise _broken(path, f"line {number} was changed")
         if body["previous"] != last:
             raise _broken(path, f"before line {number} a line was removed, added or moved")
@@ -132,25 +137,31 @@ def verify_trace(path: Path) -> str:
     return last
 
 
-def is_closed(path: Path) -> bool:
-    """Whether the last call of a trace came to its end."""
-    kinds = [body["kind"] for _, body, _ in _lines(path)]
-    return bool(kinds) and kinds[-1] == "close"
+def unclosed(path: Path) -> list[int]:
+    """Return the lines that open a call which did not come to its end."""
+    found: list[int] = []
+    for number, _, body, _ in _lines(path):
+        if body["kind"] == "open":
+            found.append(number)
+        elif body["kind"] == "close" and found:
+            found.pop()
+    return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
+def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any], str]]:
+    """Yield number, text, content and hash of each line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_bytes().decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise _broken(path, f"cannot be read: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         try:
             body = json.loads(line)
             said = body.pop("hash")
             body["previous"], body["kind"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise _broken(path, f"line {number} is no line of a trace") from None
-        yield number, body, said
+        yield number, line, body, said
 
 
 def _broken(path: Path, what: str) -> WaraError:

@@ -82,6 +82,64 @@ def _predict(arguments: argparse.Namespace) -> None:
     infer.predict(arguments.bundle, arguments, Overlays(arguments.explain).of)
 
 
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=Path, metavar="BUNDLE|RUN", help="folder of a bundle or a finished run")
+    add("--data", required=True, help="labelled images: a card, a table, or a folder of classes")
+    add("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    add(
+        "--by",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="COLUMN",
+        help="compare groups: a column of the table, numbers in bands as age:40,60",
+    )
+    add("--split", choices=("train", "val", "test"), help="take only this part of the set")
+    add(
+        "--positive",
+        metavar="CLASS[,CLASS]",
+        help="classes of the decision curve, where the model has no operating point",
+    )
+    add("--batch-size", type=int, default=16, metavar="N", help="images at a time (default: 16)")
+    add("--allow-partial", action="store_true", help="images that cannot be used are no failure")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from wara.deploy.evaluate import Request, evaluate
+
+    request = Request(
+        by=arguments.by,
+        split=arguments.split,
+        positive=_names(arguments.positive),
+        batch_size=arguments.batch_size,
+        allow_partial=arguments.allow_partial,
+    )
+    out = evaluate(arguments.model, arguments.data, arguments.out, request)
+    print(f"report   {out / 'report.html'}")
+
+
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the parent")
+    parser.add_argument(
+        "--data", required=True, help="local cases: a card, a table, or a folder of classes"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the new folder")
+    _point_arguments(parser)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from wara.deploy.calibrate import Wanted, calibrate
+
+    wanted = Wanted(
+        positive=_names(arguments.positive),
+        sensitivity=arguments.sensitivity,
+        specificity=arguments.specificity,
+    )
+    made = calibrate(arguments.bundle, arguments.data, arguments.out, wanted)
+    print(f"bundle   {made}")
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a bundle, a run folder or a trace")
 
@@ -97,5 +155,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 VERBS = (
     Verb("export", "make a bundle of a finished run", _export_arguments, _export),
     Verb("predict", "predict images with a bundle", _predict_arguments, _predict),
+    Verb("evaluate", "evaluate a bundle or a run on labelled images", _evaluate_arguments,
+         _evaluate),
+    Verb("calibrate", "fit a bundle to local cases", _calibrate_arguments, _calibrate),
     Verb("verify", "check a bundle, a run or a trace", _verify_arguments, _verify),
-)
+)  # fmt: skip

@@ -11,10 +11,12 @@ import numpy as np
 from wara.deploy.bundle import MANIFEST
 from wara.deploy.parity import LARGEST
 from wara.deploy.predictor import Predictor
-from wara.deploy.trace import is_closed, verify_trace
+from wara.deploy.trace import unclosed, verify_trace
 from wara.errors import WaraError
+from wara.evaluation.metrics import point_metrics
+from wara.evaluation.predict import Predictions
 from wara.images import load_array, normalise
-from wara.runs.load import load_run
+from wara.runs.load import Run, load_run
 
 
 def verify(path: str | Path) -> Iterator[str]:
@@ -25,9 +27,7 @@ def verify(path: str | Path) -> Iterator[str]:
     """
     path = Path(path)
     if path.is_file():
-        last = verify_trace(path)
-        yield f"trace: every line is as it was written; the last is {last}"
-        yield "closed" if is_closed(path) else "not closed: the last call did not come to its end"
+        yield from _trace(path)
     elif (path / MANIFEST).is_file():
         yield from _bundle(path)
     elif path.is_dir():
@@ -37,8 +37,19 @@ def verify(path: str | Path) -> Iterator[str]:
         raise WaraError("artefact", "there is nothing to verify", str(path), remedy)
 
 
+def _trace(path: Path) -> Iterator[str]:
+    if not path.stat().st_size:
+        remedy = "give the file that --trace wrote"
+        raise WaraError("artefact", "the trace is empty", str(path), remedy)
+    last = verify_trace(path)
+    yield f"trace: every line is as it was written; the last is {last}"
+    yield "compare that hash with one noted elsewhere: lines cut off at the end leave no other sign"
+    for number in unclosed(path):
+        yield f"not closed: the call of line {number} did not come to its end, or its end is gone"
+
+
 def _bundle(path: Path) -> Iterator[str]:
-    predictor = Predictor(path)
+    predictor = Predictor(path, abstain_on=())
     manifest = predictor.bundle.manifest
     yield f"bundle: {len(manifest['files'])} files are as they were exported"
     reference = json.loads(predictor.bundle.read("reference/reference.json"))
@@ -62,8 +73,30 @@ def _bundle(path: Path) -> Iterator[str]:
 def _run(path: Path) -> Iterator[str]:
     run = load_run(path)
     yield f"run: {run.metrics['method']} on {run.metrics['dataset']}, finished"
+    splits = run.splits()
     for split in ("val", "test"):
-        yield f"predictions: {len(run.predictions(split).files)} {split} images"
-    yield f"splits: {len(run.splits())} images; curves: {len(run.curves())} epochs"
+        table = run.predictions(split)
+        if sorted(table.files) != sorted(row.file for row in splits if row.split == split):
+            what = f"the predictions are not of the {split} images of splits.csv"
+            raise _changed(what, run.folder.predictions(split))
+        if table.files:
+            _check_metrics(run, split, table.predictions)
+        yield f"predictions: {len(table.files)} {split} images; metrics.json follows from them"
+    yield f"splits: {len(splits)} images; curves: {len(run.curves())} epochs"
     run.model()
     yield "adapter: every tensor is as it was written, and fits the backbone"
+
+
+def _check_metrics(run: Run, split: str, found: Predictions) -> None:
+    """Compute the metrics of a split again, and compare them with what the run says."""
+    values = point_metrics(found.labels, found.probs, task=run.task, classes=run.classes)
+    for name, value in values.items():
+        said = run.metrics[split].get(name, {}).get("value")
+        same = said is None if value is None else said is not None and abs(said - value) < 1e-9
+        if not same:
+            what = f"{split} {name} is {said}, and {value} by the predictions"
+            raise _changed(what, run.folder.metrics)
+
+
+def _changed(what: str, path: Path) -> WaraError:
+    return WaraError("artefact", what, str(path), "bring back the folder as the run wrote it")

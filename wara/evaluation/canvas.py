@@ -1,10 +1,18 @@
-"""What every figure has in common: canvas, colours, stamp, and how it becomes a file."""
+"""What all figures share: canvas, colours, names as text, and the way into a file.
+
+Every figure is a `Figure` of its own (Agg canvas, no pyplot, so no window, no global state and no
+backend to set), written whole or not at all. `synthetic=True` prints a line on it, so that a curve
+of phantoms is never taken for one of patients. Colours are Okabe and Ito's, told apart by
+colour-blind readers; line styles repeat them.
+"""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -12,30 +20,19 @@ from wara.storage import write_bytes
 
 STAMP = "synthetic phantoms: drawn by code, no patient was imaged"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", ":")
 _DPI = 130
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of a size in inches, on its own canvas."""
+    """Return an empty figure of that size, inches."""
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
     return fig
 
 
-def save_png(fig: Figure, path: str | Path, synthetic: bool) -> Path:
-    """Write a figure as PNG, whole or not at all.
-
-    Args:
-        fig: of `new_figure`.
-        path: where to.
-        synthetic: stamp it.
-
-    Returns:
-        The path.
-
-    Raises:
-        WaraError: kind "storage" when it cannot be written.
-    """
+def save(fig: Figure, path: str | Path, synthetic: bool) -> Path:
+    """Write the PNG, stamped when synthetic; return its path."""
     if synthetic:
         height = fig.get_size_inches()[1]
         share = 0.26 / height
@@ -48,9 +45,20 @@ def save_png(fig: Figure, path: str | Path, synthetic: bool) -> Path:
     return out
 
 
-def plain_text(name: str, longest: int = 32) -> str:
+def text_of(name: str, longest: int = 32) -> str:
     """Return a name that matplotlib prints as it is: no mathtext, not hidden, not endless."""
     name = str(name).replace("$", r"\$").replace("\n", " ")
     if len(name) > longest:  # layer names differ at both ends
         name = name[: longest // 2 - 1] + "…" + name[-(longest - longest // 2) :]
     return f" {name}" if name.startswith("_") else name
+
+
+def line_of(i: int) -> dict[str, Any]:
+    """Return how the line of series `i` looks, as matplotlib takes it."""
+    style = _STYLES[i // len(PALETTE) % len(_STYLES)]
+    return {"color": PALETTE[i % len(PALETTE)], "linestyle": style, "linewidth": 1.5}
+
+
+def say(ax: Axes, words: str) -> None:
+    """Write words in the middle of an empty panel."""
+    ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes, color="0.3")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wara.errors import WaraError
-from wara.evaluation.intervals import clusters, draw_counts, percentile_interval
+from wara.evaluation.intervals import clusters, draw_counts, missing, with_interval
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -29,7 +29,12 @@ def is_positive(labels: NDArray[np.int64], positive: Sequence[int]) -> Bools:
 
 
 def choose_threshold(
-    scores: Floats, truth: Bools, *, sensitivity: float | None, specificity: float | None
+    scores: Floats,
+    truth: Bools,
+    *,
+    sensitivity: float | None,
+    specificity: float | None,
+    images: str = "validation",
 ) -> float:
     """Return the threshold that reaches one of the two, and gives away least of the other.
 
@@ -37,18 +42,19 @@ def choose_threshold(
     rounding decides nothing.
 
     Args:
-        scores: `[n]`, of the validation images.
+        scores: `[n]`, of images that the model did not learn from.
         truth: `[n]`.
         sensitivity: wanted, 0 to 1.
         specificity: wanted, 0 to 1; one of the two is None.
+        images: what a refusal calls the images.
 
     Raises:
         WaraError: kind "config" when no threshold that tells images apart reaches it, with the
             highest that one does; or when there are no images with or without the class.
     """
-    if truth.all() or not truth.any():
-        missing = "without" if truth.all() else "with"
-        what = f"no validation image {missing} the positive class: no operating point"
+    if not len(truth) or truth.all() or not truth.any():
+        missing = "without" if truth.any() else "with"
+        what = f"no {images} image {missing} the positive class: no operating point"
         raise WaraError("config", what, "--positive", "choose another class, or leave it out")
     values = np.unique(scores)
     cuts = (values[1:] + values[:-1]) / 2  # calling all images alike is no operating point
@@ -63,7 +69,7 @@ def choose_threshold(
     enough = np.flatnonzero(reached[name] >= float(wanted or 0) - 1e-12)
     if not len(enough):
         best = f"; the highest is {reached[name].max():.3f}" if len(cuts) else ""
-        what = f"no threshold reaches a {name} of {wanted} on validation images{best}"
+        what = f"no threshold reaches a {name} of {wanted} on {images} images{best}"
         raise WaraError("config", what, f"--{name}", "ask for less, or train further")
     return float(cuts[enough[np.argmax(other[enough])]])
 
@@ -89,26 +95,37 @@ def decision_measures(
         For each of `MEASURES` value, low, high, n (its denominator) and reason, null where not
         defined.
     """
-    sides = _sides(truth, called)
-    draws: dict[str, list[Floats]] = {name: [] for name in MEASURES}
-    if bootstrap:
-        for counts in draw_counts(clusters(len(truth), patients), bootstrap, seed):
-            for name, (hit, base) in sides.items():
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    draws[name].append((hit @ counts) / (base @ counts))
+    parts: list[dict[str, Floats]] = []
+    if bootstrap and len(truth):
+        resamples = draw_counts(clusters(len(truth), patients), bootstrap, seed)
+        parts = [replicate_measures(truth, called, counts) for counts in resamples]
     found = {}
-    for name, (hit, base) in sides.items():
+    for name, (hit, base) in _sides(truth, called).items():
         n = int(base.sum())
-        entry: dict[str, Any] = {"value": None, "low": None, "high": None, "n": n, "reason": None}
-        if not n:
-            entry["reason"] = "no image to compute it on"
+        if n:
+            draws = np.concatenate([part[name] for part in parts]) if parts else None
+            found[name] = with_interval(float(hit.sum() / n), n, draws)
         else:
-            entry["value"] = float(hit.sum() / n)
-            if bootstrap:
-                low, high, reason = percentile_interval(np.concatenate(draws[name]), entry["value"])
-                entry |= {"low": low, "high": high, "reason": reason}
-        found[name] = entry
+            found[name] = missing("no image to compute it on", 0)
     return found
+
+
+def replicate_measures(truth: Bools, called: Bools, counts: Floats) -> dict[str, Floats]:
+    """Return each of `MEASURES` for resamples, NaN where not defined.
+
+    Args:
+        truth: `[n]`.
+        called: `[n]`.
+        counts: `[n, replicates]`, multiplicity of each image.
+
+    Returns:
+        Measure -> `[replicates]`.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            name: (hit @ counts) / (base @ counts)
+            for name, (hit, base) in _sides(truth, called).items()
+        }
 
 
 def _sides(truth: Bools, called: Bools) -> dict[str, tuple[Floats, Floats]]:

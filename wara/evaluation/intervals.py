@@ -225,3 +225,54 @@ def percentile_interval(
         # 5 of 5 right is no proof of [1, 1]: resampling cannot show an error it never saw.
         return None, None, "no interval: every bootstrap replicate gives the same value"
     return low, high, None
+
+
+def missing(reason: str, n: int) -> dict[str, Any]:
+    """Return the entry of a measure that is not defined, with the reason."""
+    return {"value": None, "low": None, "high": None, "n": n, "reason": reason}
+
+
+def with_interval(
+    value: float, n: int, replicates: Floats | None, *, recentre: bool = False
+) -> dict[str, Any]:
+    """Return the entry of a measure, `{"value", "low", "high", "n", "reason"}`.
+
+    Args:
+        value: of the data itself.
+        n: number of images it is computed on.
+        replicates: its value in each resample; None without resamples.
+        recentre: see `percentile_interval`.
+    """
+    entry = missing("no interval: bootstrap is 0", n) | {"value": value}
+    if replicates is None:
+        return entry
+    low, high, reason = percentile_interval(replicates, value, recentre=recentre)
+    return entry | {"low": low, "high": high, "reason": reason}
+
+
+def mean_interval(
+    values: NDArray[Any],
+    patients: Sequence[str | None] | None,
+    *,
+    bootstrap: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the mean of a number per image with its 95 % interval over patients.
+
+    Args:
+        values: [n]; 0 and 1 for a share.
+        patients: one id per image; None where not known.
+        bootstrap: number of replicates; 0 gives no interval.
+        seed: of the resampling.
+
+    Returns:
+        See `with_interval`; null with a reason without images.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers):
+        return missing("no image to compute it on", 0)
+    cluster, draws = clusters(len(numbers), patients), None
+    if bootstrap:
+        counted = draw_counts(cluster, bootstrap, seed)
+        draws = np.concatenate([numbers @ counts / counts.sum(axis=0) for counts in counted])
+    return with_interval(float(numbers.mean()), len(numbers), draws)

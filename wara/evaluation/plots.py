@@ -1,10 +1,4 @@
-"""Figures of a run: numbers in, one PNG out.
-
-Every function draws on its own `Figure` (Agg canvas, no pyplot, so no window, no global state and
-no backend to set), writes the file whole or not at all, and returns its path. `synthetic=True`
-prints a line on the figure, so that a curve of phantoms is never taken for one of patients.
-Colours are Okabe and Ito's, told apart by colour-blind readers; line styles repeat them.
-"""
+"""Figures of a run: numbers in, one PNG out, and its path returned; see `canvas`."""
 
 from __future__ import annotations
 
@@ -29,14 +23,18 @@ from sklearn.metrics import (
 
 from wara.errors import WaraError
 from wara.evaluation.calibration import confidence_and_hits, ece, reliability_bins
-from wara.evaluation.canvas import PALETTE, new_figure, plain_text, save_png
+from wara.evaluation.canvas import PALETTE, line_of, new_figure, save, say, text_of
 
-_STYLES = ("-", "--", ":")
 _HEADLINE = ("auc_macro", "qwk", "balanced_accuracy", "accuracy", "f1_macro", "ece")
 
 
 def learning_curves(
-    rows: Sequence[Mapping[str, Any]], path: str | Path, *, synthetic: bool = False
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    monitor: str = "",
+    best_epoch: int = 0,
+    synthetic: bool = False,
 ) -> Path:
     """Draw losses, validation metrics and learning rates over epochs.
 
@@ -46,10 +44,43 @@ def learning_curves(
             prefix counts as validation), rates (names with `lr`). Empty and non-finite cells leave
             a gap; other columns are ignored.
         path: the PNG to write.
+        monitor: metric that picked the best epoch; drawn wide, on top of the others.
+        best_epoch: marked by a line in each panel; 0 marks none.
         synthetic: stamp the figure.
     """
     series = {str(key): _column(rows, key) for row in rows[:1] for key in row}
     epochs = series.pop("epoch", np.arange(len(rows), dtype=float))
+    panels = _panels(series)
+    fig = new_figure(4.6 * max(len(panels), 1), 4.3)
+    if not panels:
+        say(fig.subplots(), "no finite number was logged")
+    for ax, (title, columns) in zip(
+        fig.subplots(1, max(len(panels), 1), squeeze=False)[0] if panels else (),
+        panels,
+        strict=True,
+    ):
+        for i, (name, label) in enumerate(columns.items()):
+            look = line_of(i)
+            if label == monitor:
+                look |= {"linewidth": 3, "zorder": 3}
+            ax.plot(epochs, series[name], label=text_of(label), marker="o", markersize=2.5, **look)
+        if best_epoch:
+            words = f"best epoch {best_epoch}"
+            ax.axvline(best_epoch, color="0.35", linewidth=1, linestyle="--", label=words, zorder=1)
+        ax.set(title=title, xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if title == "learning rate" and all((series[n][1:] > 0).any() for n in columns):
+            ax.set_yscale("log")
+        ax.grid(alpha=0.25)
+        # Below the panel: inside, it would lie on a curve sooner or later.
+        ax.legend(
+            fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
+        )
+    return save(fig, path, synthetic)
+
+
+def _panels(series: Mapping[str, NDArray[Any]]) -> list[tuple[str, dict[str, str]]]:
+    """Return the titles of the panels, each with its columns and what they are called."""
 
     def is_rate(name: str) -> bool:
         return "lr" in name.replace("/", "_").replace("-", "_").split("_")
@@ -69,27 +100,7 @@ def learning_curves(
         (title, {n: label for n, label in columns.items() if np.isfinite(series[n]).any()})
         for title, columns in panels
     ]
-    panels = [(title, columns) for title, columns in panels if columns]
-    fig = new_figure(4.6 * max(len(panels), 1), 3.7)
-    if not panels:
-        _say(fig.subplots(), "no finite number was logged")
-    for ax, (title, columns) in zip(
-        fig.subplots(1, max(len(panels), 1), squeeze=False)[0] if panels else (),
-        panels,
-        strict=True,
-    ):
-        for i, (name, label) in enumerate(columns.items()):
-            ax.plot(
-                epochs, series[name], label=plain_text(label), marker="o", markersize=2.5,
-                **_line(i),
-            )  # fmt: skip
-        ax.set(title=title, xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if title == "learning rate" and all((series[n][1:] > 0).any() for n in columns):
-            ax.set_yscale("log")
-        ax.grid(alpha=0.25)
-        ax.legend(fontsize=8, frameon=True, framealpha=0.8)
-    return save_png(fig, path, synthetic)
+    return [(title, columns) for title, columns in panels if columns]
 
 
 def roc_curves(
@@ -113,12 +124,12 @@ def roc_curves(
     fig, ax = _curve_axes(len(curves) + len(skipped))
     for i, (name, truth, score) in enumerate(curves):
         false_positive, true_positive, _ = roc_curve(truth, score)
-        label = f"{plain_text(name)}  {roc_auc_score(truth, score):.3f}"
-        ax.plot(false_positive, true_positive, label=label, **_line(i))
+        label = f"{text_of(name)}  {roc_auc_score(truth, score):.3f} (n={truth.sum()})"
+        ax.plot(false_positive, true_positive, label=label, **line_of(i))
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="chance  0.500")
     ax.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
-    _curve_legend(ax, "AUROC", skipped, bool(curves))
-    return save_png(fig, path, synthetic)
+    _curve_legend(ax, f"AUROC (n of {len(np.asarray(probs))} images)", skipped, bool(curves))
+    return save(fig, path, synthetic)
 
 
 def pr_curves(
@@ -138,11 +149,11 @@ def pr_curves(
     for i, (name, truth, score) in enumerate(curves):
         precision, recall, _ = precision_recall_curve(truth, score)
         average = average_precision_score(truth, score)
-        label = f"{plain_text(name)}  {average:.3f} ({truth.mean():.2f})"
-        ax.plot(recall, precision, drawstyle="steps-post", label=label, **_line(i))
+        label = f"{text_of(name)}  {average:.3f} ({truth.mean():.2f}, n={truth.sum()})"
+        ax.plot(recall, precision, drawstyle="steps-post", label=label, **line_of(i))
     ax.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
-    _curve_legend(ax, "average precision (prevalence)", skipped, bool(curves))
-    return save_png(fig, path, synthetic)
+    _curve_legend(ax, "average precision (prevalence, n)", skipped, bool(curves))
+    return save(fig, path, synthetic)
 
 
 def confusion(
@@ -166,7 +177,9 @@ def confusion(
     y, called, c = np.asarray(labels), np.asarray(preds), len(classes)
     if y.shape != called.shape or (y.ndim == 2 and y.shape[1] != c):
         raise WaraError("usage", f"labels {y.shape} and predictions {called.shape} do not fit")
-    rows = [plain_text(name) for name in classes]
+    columns = [text_of(name) for name in classes]
+    tally = y.sum(axis=0) if y.ndim == 2 else np.bincount(y.astype(np.int64), minlength=c)
+    rows = [f"{name} (n={n:.0f})" for name, n in zip(columns, tally, strict=True)]
     if y.ndim == 2:
         y, called = y.astype(bool), called.astype(bool)
         cells = [y & called, y & ~called, ~y & called, ~y & ~called]
@@ -178,7 +191,7 @@ def confusion(
         counts = np.zeros((c, c), dtype=np.int64)
         np.add.at(counts, (y.astype(np.int64), called.astype(np.int64)), 1)
         whole = counts.sum(axis=1, keepdims=True).repeat(c, axis=1)
-        columns, titles, across = rows, ("images", "share of the true class"), "predicted"
+        titles, across = ("images", "share of the true class"), "predicted"
     shares = np.divide(counts, whole, out=np.full(counts.shape, np.nan), where=whole > 0)
 
     longest = max(len(name) for name in rows)
@@ -199,7 +212,7 @@ def confusion(
         ax.set_yticks(range(c), rows, fontsize=8)
         ax.set(title=title, xlabel=across, ylabel="true class" if across else "label")
         ax.title.set_fontsize(10)
-    return save_png(fig, path, synthetic)
+    return save(fig, path, synthetic)
 
 
 def reliability(
@@ -251,7 +264,7 @@ def reliability(
     bottom.yaxis.set_minor_formatter(NullFormatter())
     bottom.set(xlabel="predicted probability" + ("" if pooled else " of the top class"))
     bottom.set_ylabel("predictions" if pooled else "images")
-    return save_png(fig, path, synthetic)
+    return save(fig, path, synthetic)
 
 
 def subband_energy(
@@ -273,12 +286,13 @@ def subband_energy(
         raise WaraError("usage", "no subband energies to draw")
     values = np.array([[float(energy[n].get(b, np.nan)) for b in bands] for n in layers])
     shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
-    width = 2.4 + 0.075 * max(map(len, layers)) + 0.55 * len(bands)
-    fig = new_figure(width, 1.3 + 0.2 * len(layers))
+    fig = new_figure(
+        2.4 + 0.075 * max(map(len, layers)) + 0.55 * len(bands), 1.3 + 0.2 * len(layers)
+    )
     ax = fig.subplots()
     ax.patch.set(hatch="////", edgecolor="0.6", facecolor="white")
-    ax.set_xticks(range(len(bands)), [plain_text(band) for band in bands], fontsize=8)
-    ax.set_yticks(range(len(layers)), [plain_text(name, 48) for name in layers], fontsize=7)
+    ax.set_xticks(range(len(bands)), [text_of(band) for band in bands], fontsize=8)
+    ax.set_yticks(range(len(layers)), [text_of(name, 48) for name in layers], fontsize=7)
     ax.set(title="Energy of the update", xlabel="subband, coarse to fine", ylabel="layer")
     low, high = (1.0, 10.0) if shown.count() == 0 else (float(shown.min()), float(shown.max()))
     image = ax.imshow(
@@ -287,7 +301,7 @@ def subband_energy(
     fig.colorbar(image, ax=ax, label="energy", pad=0.02)
     if shown.count() < shown.size:
         ax.set_xlabel("subband, coarse to fine (hatched: none)")
-    return save_png(fig, path, synthetic)
+    return save(fig, path, synthetic)
 
 
 def singular_values(
@@ -318,7 +332,7 @@ def singular_values(
     panels = list(zip(axes.flat[: len(bands)], bands, strict=True))
     shade = colormaps["viridis"]
     for i, name in enumerate(layers):
-        look = _line(i) if few else {"color": shade(i / (len(layers) - 1)), "linewidth": 0.9}
+        look = line_of(i) if few else {"color": shade(i / (len(layers) - 1)), "linewidth": 0.9}
         for ax, band in panels:
             found = np.sort(np.asarray(values[name].get(band, ()), dtype=np.float64))[::-1]
             found = np.where(found > 0, found, np.nan)
@@ -327,11 +341,11 @@ def singular_values(
                 found,
                 marker="o",
                 markersize=2,
-                label=plain_text(name),
+                label=text_of(name),
                 **look,
             )
     for ax, band in panels:
-        ax.set_title(plain_text(band), fontsize=9)
+        ax.set_title(text_of(band), fontsize=9)
         ax.grid(alpha=0.25)
         ax.set_yscale("log")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -351,13 +365,8 @@ def singular_values(
         scale = ScalarMappable(Normalize(0, len(layers) - 1), shade)
         bar = fig.colorbar(scale, ax=axes, pad=0.02, aspect=30)
         picks = np.unique(np.linspace(0, len(layers) - 1, 6).round().astype(int))
-        bar.set_ticks(picks.tolist(), labels=[plain_text(layers[i]) for i in picks], fontsize=7)
-    return save_png(fig, path, synthetic)
-
-
-def _line(i: int) -> dict[str, Any]:
-    style = _STYLES[i // len(PALETTE) % len(_STYLES)]
-    return {"color": PALETTE[i % len(PALETTE)], "linestyle": style, "linewidth": 1.5}
+        bar.set_ticks(picks.tolist(), labels=[text_of(layers[i]) for i in picks], fontsize=7)
+    return save(fig, path, synthetic)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
@@ -386,9 +395,9 @@ def _one_against_rest(
             continue  # the mirror image of the other one
         truth = (y[:, k] if y.ndim == 2 else y == k).astype(np.int64)
         if not truth.any():
-            skipped.append(f"{plain_text(name)}  no positives")
+            skipped.append(f"{text_of(name)}  no positives")
         elif need_negatives and truth.all():
-            skipped.append(f"{plain_text(name)}  no negatives")
+            skipped.append(f"{text_of(name)}  no negatives")
         else:
             curves.append((name, truth, p[:, k]))
     return curves, skipped
@@ -406,7 +415,7 @@ def _curve_legend(ax: Axes, title: str, skipped: Sequence[str], drawn: bool) -> 
     for words in skipped:
         ax.plot([], [], color="none", label=words)
     if not drawn:
-        _say(ax, "no class has both positives and negatives" if skipped else "no class")
+        say(ax, "no class has both positives and negatives" if skipped else "no class")
     ax.legend(
         title=title,
         loc="upper left",
@@ -416,10 +425,6 @@ def _curve_legend(ax: Axes, title: str, skipped: Sequence[str], drawn: bool) -> 
         title_fontsize=8,
         frameon=False,
     )
-
-
-def _say(ax: Axes, words: str) -> None:
-    ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes, color="0.3")
 
 
 def _in_order(table: Mapping[str, Mapping[str, Any]]) -> list[str]:

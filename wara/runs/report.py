@@ -83,10 +83,9 @@ def markdown(
     parts += [*(f"* {_plain(line)}" for line in outcome), "", "## Results", ""]
     parts += [resampled, "", "| metric | validation | test |", "|---|---|---|"]
     names = [n for n in HEADLINE if n in test] + [n for n in test if n not in HEADLINE]
-    parts += [
-        f"| `{_table(name)}` | {_table(cell(val.get(name)))} | {_table(cell(test.get(name)))} |"
-        for name in names
-    ]
+    for name in names:
+        row = (f"`{name}`", cell(val.get(name)), cell(test.get(name)))
+        parts.append(f"| {' | '.join(map(table_cell, row))} |")
     figures = [(name, text) for name, text in _FIGURES if (plots / f"{name}.png").is_file()]
     if figures:
         parts += ["", f"## Figures ({shown} images)", ""]
@@ -117,5 +116,6 @@ def _plain(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def _table(text: str) -> str:
+def table_cell(text: str) -> str:
+    """Return words as they stand in a cell of a Markdown table."""
     return _plain(text).replace("|", "\\|")

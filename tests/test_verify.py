@@ -1,0 +1,86 @@
+"""What was written and is no longer so is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deploy_helpers import make_cases
+
+from wara.cli import main
+from wara.deploy.trace import verify_trace
+from wara.deploy.verify import verify
+from wara.errors import WaraError
+
+
+@pytest.fixture(scope="module")
+def trace(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trace")
+    cases = make_cases(folder / "cases", (2, 1, 1))
+    words = ["predict", str(bundle), str(cases / "images"), "--quiet", "--out"]
+    for name in ("a", "b"):
+        found = [str(folder / f"{name}.csv"), "--trace", str(folder / "trace.jsonl")]
+        assert main([*words, *found]) == 0
+    return folder / "trace.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [lines[0], lines[1].replace(": ", ":  ", 1), *lines[2:]], "line 2 was"),
+        (lambda lines: [*lines[:3], lines[3][:-1] + ', "kind": "prediction"}', *lines[4:]],
+         "line 4 was changed"),
+        (lambda lines: lines[1:], "before line 1 a line was removed"),
+        (lambda lines: [*lines[:5], *lines[7:]], "before line 6 a line was removed"),
+        (lambda lines: [*lines[:6], *lines[:6]], "before line 7 a line was removed, added"),
+        (lambda lines: [*lines[:4], "", *lines[4:]], "line 5 is no line of a trace"),
+    ],
+)  # fmt: skip
+def test_a_line_that_was_changed_removed_or_moved_is_named(
+    change: Any, said: str, trace: Path, tmp_path: Path
+) -> None:
+    lines = trace.read_text().splitlines()
+    kinds = [json.loads(line)["kind"] for line in lines]
+    assert kinds == ["open", *["prediction"] * 4, "close"] * 2
+    copy = tmp_path / "trace.jsonl"
+    copy.write_text("\n".join(change(lines)) + "\n")
+    with pytest.raises(WaraError, match=said) as caught:
+        verify_trace(copy)
+    assert caught.value.exit_code == 4 and main(["verify", str(copy)]) == 4
+
+
+def test_calls_without_an_end_are_told(trace: Path, tmp_path: Path) -> None:
+    assert not [line for line in verify(trace) if "not closed" in line]
+    copy = tmp_path / "trace.jsonl"
+    lines = trace.read_text().splitlines()
+    copy.write_text("\n".join(lines[:-1]) + "\n")
+    assert any("not closed: the call of line 7" in line for line in verify(copy))
+    copy.write_text("")
+    with pytest.raises(WaraError, match="the trace is empty"):
+        list(verify(copy))
+
+
+def test_a_run_whose_metrics_do_not_follow_from_its_predictions(
+    bundle: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(bundle.parent / "run", tmp_path / "run"))
+    assert any("metrics.json follows from them" in line for line in verify(run))
+    path = run / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["test"]["accuracy"]["value"] += 0.01
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(WaraError, match="test accuracy is .* by the predictions") as caught:
+        list(verify(run))
+    assert caught.value.exit_code == 4
+
+
+def test_a_run_whose_predictions_lack_an_image(bundle: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(bundle.parent / "run", tmp_path / "run"))
+    path = run / "predictions_val.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], *lines[3:]]) + "\n")
+    with pytest.raises(WaraError, match="not of the val images of splits.csv"):
+        list(verify(run))
