@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from wara.errors import WaraError, WaraErrors
 from wara.schema import STRICT, fault, faults_of
+from wara.vit import plain_name, unwrap
 
 Rows = tuple[int, int]
 
@@ -133,10 +134,14 @@ class AdaptedModule(nn.Module):
         return self._base[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        # Another adapter may be put on a child of the base module, and taken off again.
-        if isinstance(value, nn.Module) and name in self.base._modules:
-            self.base._modules[name] = value
+        own = "_base" not in self.__dict__ or name == "adapter" or name in self.__dict__
+        if own or hasattr(nn.Module, name):
+            super().__setattr__(name, value)
+            return
+        # Meant for the module: a switch that its own forward reads, an adapter on a child of it.
+        if isinstance(value, nn.Module) or name in self._modules:
+            super().__setattr__(name, value)
+        setattr(self.base, name, value)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode."""
@@ -150,12 +155,12 @@ class AdaptedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # timm asks modules for what they are, such as `patch_embed.grid_size`.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_base" not in self.__dict__:
-                raise
-            return getattr(self.base, name)
+        for table in ("_parameters", "_buffers", "_modules"):
+            if name in self.__dict__.get(table, ()):
+                return self.__dict__[table][name]
+        if "_base" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_base"][0], name)
 
 
 class AdaptedLinear(AdaptedModule, nn.Linear):
@@ -165,10 +170,6 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
 
     def __init__(self, base: nn.Linear, adapter: LinearAdapter) -> None:
         AdaptedModule.__init__(self, base, adapter)
-        self.in_features, self.out_features = base.in_features, base.out_features
-
-    # A linear layer has nothing else to ask for, and a compiler traces the plain look-up.
-    __getattr__ = nn.Module.__getattr__
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted output `[…, o]` for input `[…, d]`."""
@@ -179,12 +180,13 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Return the adapted linear layers of a model by their dotted path.
 
     Args:
-        model: any model.
+        model: any model, compiled or not.
 
     Returns:
-        Paths and layers in the model's order; empty when nothing is adapted.
+        Plain paths and layers in the model's order; empty when nothing is adapted.
     """
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    every = unwrap(model).named_modules()
+    return {plain_name(name): m for name, m in every if isinstance(m, AdaptedLinear)}
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
