@@ -124,7 +124,7 @@ def _hold_still(module: nn.Module, inputs: Any) -> None:
 
 def _place(model: nn.Module, path: str, layer: AdapterLayer, attributes: list[Attribute]) -> None:
     """Put an adapter on a module, in place; note what else had to be changed."""
-    module, parent = model.get_submodule(path), owner_of(model, path)
+    module, parent = _submodule(model, path), _submodule(model, path.rpartition(".")[0])
     if isinstance(module, AdaptedModule) or "adapter" in module._modules:
         raise WaraError("config", "the module carries an adapter already", path, "name it once")
     pattern = like(module, model)
@@ -137,7 +137,7 @@ def _place(model: nn.Module, path: str, layer: AdapterLayer, attributes: list[At
         adapted: AdaptedModule = AdaptedLinear(module, layer)
     else:
         adapted = AdaptedModule(module, layer)
-    setattr(parent, path.rpartition(".")[2], adapted)
+    _put(model, path, adapted)
     # timm's EVA and BEiT read `qkv.weight` past the layer unless told to call it.
     if isinstance(layer, LinearAdapter) and getattr(parent, "qkv_bias_separate", None) is False:
         attributes.append((path.rpartition(".")[0], "qkv_bias_separate", False, True))
