@@ -315,19 +315,19 @@ def one_size(knob: Sequence[str], given: Any) -> Any:
     """Refuse a size that stands beside a budget, which would decide it too.
 
     Args:
-        knob: options that the budget turns; null leaves one to its default, or to the budget.
+        knob: options that the budget turns; beside a budget null leaves one to it.
         given: what a validator before validation gets: a mapping or arguments.
 
     Returns:
-        The same, without options that are null.
+        The same, without options that a budget decides.
     """
     named: Any = given.kwargs if isinstance(given, ArgsKwargs) else given
-    if not isinstance(named, Mapping):
+    if not isinstance(named, Mapping) or named.get("budget") is None:
         return given
-    kept = {key: v for key, v in named.items() if key not in knob or v is not None}
     for key in knob:
-        if key in kept and kept.get("budget") is not None:
+        if named.get(key) is not None:
             raise fault(f"{key} and budget are both set", "set one of the two", "budget")
+    kept = {key: value for key, value in named.items() if key not in knob}
     return ArgsKwargs(given.args, kept) if isinstance(given, ArgsKwargs) else kept
 
 

@@ -294,7 +294,8 @@ class TinyWaRA(SubbandMethod):
     name: ClassVar[str] = "tiny_wara"
     summary: ClassVar[str] = "WaRA with a fixed SVD basis; only a few coefficients train"
     rates: ClassVar[Mapping[str, float]] = {"core": 5e-2, "head": 2e-3}
-    knob: ClassVar[tuple[str, ...]] = ("coefficients",)
+    # The rank of the basis stays at its default, so that it is the same wherever budgets are.
+    knob: ClassVar[tuple[str, ...]] = ("coefficients", "rank")
 
     rank: int = Field(8, ge=1, le=MOST_RANK, description="Rank r of the fixed basis.")
     coefficients: int = Field(8, ge=1, le=1_000_000, description="Trained numbers u per core.")
