@@ -46,16 +46,31 @@ def base_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
         skip = {plain_name(name) for name in classifier_names(model)}
     digest = hashlib.sha256(canonical_sha256(_structure(model)).encode())
     for path, module in _modules(model):
-        for name, tensor in _tensors(module):
+        held = module if dtype is None else _converted(module, dtype)
+        for name, tensor in _tensors(held):
             if f"{path}{name}" in skip:
                 continue
-            cast = tensor.detach()
-            if dtype is not None and cast.is_floating_point():
-                cast = cast.to(dtype)
-            digest.update(f"{path}{name} {tuple(cast.shape)} {cast.dtype}\n".encode())
-            saved = name not in module._non_persistent_buffers_set
-            digest.update(_bytes(cast) if saved else _derived(cast))
+            digest.update(f"{path}{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            saved = name not in held._non_persistent_buffers_set
+            digest.update(_bytes(tensor) if saved else _derived(tensor))
     return digest.hexdigest()
+
+
+def _converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a stand-in whose own tensors are as `module.to(dtype)` has them; it may decide."""
+    twin: nn.Module = object.__new__(type(module))
+    held = {**vars(module), **module._modules, "_modules": {}}  # children can be asked, not changed
+    for table in ("_parameters", "_buffers"):
+        tensors = vars(module)[table].items()
+        held[table] = {name: None if t is None else _twin_of(t) for name, t in tensors}
+    held["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    vars(twin).update(held)
+    return twin.to(dtype)
+
+
+def _twin_of(tensor: Tensor) -> Tensor:
+    fresh = tensor.detach().clone()
+    return nn.Parameter(fresh, requires_grad=False) if isinstance(tensor, nn.Parameter) else fresh
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -75,7 +90,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name in sorted(table):
             tensor = table[name]
             if tensor is not None:
-                yield name, tensor
+                yield name, tensor.detach()
 
 
 def _bytes(tensor: Tensor) -> Any:

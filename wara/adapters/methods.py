@@ -99,7 +99,8 @@ def known_method(name: str, given: Sequence[type[Method]] = ()) -> type[Method]:
         try:
             return find_method(name)
         except WaraError as error:
-            raise WaraError("artefact", error.what, error.where, error.remedy) from error
+            remedy = f"{error.remedy}; or give methods=[the class]"
+            raise WaraError("artefact", error.what, error.where, remedy) from error
     remedy = f"import {module} first if you trust it, or give methods=[the class]"
     if ":" not in name:
         remedy = "install the package that offers it, or the version of wara that wrote it"

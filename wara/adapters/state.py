@@ -283,25 +283,27 @@ def _materialise(model: nn.Module) -> None:
     memo: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
         if isinstance(module, AdaptedModule):
-            device = like(module.base, model).device
-            _give_numbers(module.adapter, device, memo)
-            # What was there with numbers all along, such as transforms, lies where it was made.
-            module.adapter.to(device)
+            _give_numbers(module.adapter, like(module.base, model).device, memo)
     real = (p.device for p in model.parameters() if not p.is_meta)
-    _give_numbers(model, next(real, torch.device("cpu")), memo)
+    device = next(real, torch.device("cpu"))
+    for head in classifiers(model):
+        if any(p.is_meta for p in head.parameters()):
+            _give_numbers(head, device, memo)
 
 
 def _give_numbers(
     part: nn.Module, device: torch.device, memo: dict[int, tuple[Tensor, Tensor]]
 ) -> None:
+    """Put a part on a device: with its numbers where it has any, such as those of a transform."""
     for module in part.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():
-                if tensor is None or not tensor.is_meta:
+                if tensor is None or not tensor.is_meta and tensor.device == device:
                     continue
                 if id(tensor) not in memo:
-                    fresh = torch.empty_like(tensor, device=device)
+                    bare = tensor.is_meta
+                    fresh = torch.empty_like(tensor, device=device) if bare else tensor.to(device)
                     if isinstance(tensor, nn.Parameter):
                         fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
                     # The old one is kept, for its identity must not be given to another.
