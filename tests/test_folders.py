@@ -45,8 +45,12 @@ both = pytest.mark.parametrize("write", [save, export])
 Write = Callable[[int, str | Path], None]
 
 
+def assert_holds(folder: Path, *names: str) -> None:
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted(names)
+
+
 def assert_clean(folder: Path, *others: str) -> None:
-    assert sorted(entry.name for entry in folder.iterdir()) == sorted([*NAMES, *others])
+    assert_holds(folder, *NAMES, *others)
 
 
 @both
@@ -78,15 +82,11 @@ def test_a_link_to_a_folder_is_kept(write: Write, tmp_path: Path) -> None:
         assert link.is_symlink() and link.resolve() == real.resolve()
         assert rank_in(real) == rank and (real / "note").read_text() == "kept"
     assert_clean(real, "note")
-    assert_clean_parent(tmp_path, "link", "store")
+    assert_holds(tmp_path, "link", "store")
     ahead = tmp_path / "ahead"
     ahead.symlink_to(tmp_path / "store" / "later")
     write(3, ahead)
     assert ahead.is_symlink() and rank_in(tmp_path / "store" / "later") == 3
-
-
-def assert_clean_parent(folder: Path, *names: str) -> None:
-    assert sorted(entry.name for entry in folder.iterdir()) == sorted(names)
 
 
 @both
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_move_gets_its_files_one_by_one(
         assert rank_in(folder) == rank and folder.stat().st_ino == before
     assert (folder / "note").read_text() == "kept"
     assert_clean(folder, "note", "sub")
-    assert_clean_parent(folder.parent, "adapter")
+    assert_holds(folder.parent, "adapter")
 
 
 def test_a_kill_between_the_two_files_is_seen(
@@ -177,4 +177,4 @@ def test_a_file_in_the_place_is_refused(tmp_path: Path) -> None:
         save(1, tmp_path / "adapter")
     assert caught.value.kind == "storage"
     assert (tmp_path / "adapter").read_text() == "a file"
-    assert_clean_parent(tmp_path, "adapter")
+    assert_holds(tmp_path, "adapter")

@@ -24,10 +24,6 @@ from wara.vit import plain_name, unwrap
 
 Rows = tuple[int, int]
 
-GROUPS = ("adapter", "core", "head")
-"""What may have a learning rate of its own."""
-
-
 class AdapterLayer(nn.Module):
     """The trainable part that sits on one module of the base.
 
@@ -253,8 +249,8 @@ class Method(metaclass=_Refusing):
     summary: ClassVar[str]
     """What trains, in a few words."""
     rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-3, "head": 2e-3}
-    """Peak learning rate of AdamW for each of `GROUPS` that trains, see docs/methods.md. The first
-    is the one that `lr` sets."""
+    """Peak learning rate of AdamW for each of `adapter`, `core` and `head` that trains, see
+    docs/methods.md. The first is the one that `lr` sets."""
     knob: ClassVar[tuple[str, ...]] = ()
     """Options that a budget turns, the one that counts first; none where the size is fixed."""
     mergeable: ClassVar[bool] = True
