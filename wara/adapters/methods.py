@@ -20,6 +20,7 @@ from wara.adapters.baselines import (
     LoKr,
     VeRA,
 )
+from wara.adapters.declared import check_declarations
 from wara.adapters.lora import LoRA
 from wara.adapters.probes import Full, LinearProbe
 from wara.adapters.sparse import SHiRA, WaveFT
@@ -56,7 +57,8 @@ def find_method(name: str) -> type[Method]:
             `package.module:Class`.
 
     Raises:
-        WaraError: kind `config` when there is none, or what is named is not a method.
+        WaraError: kind `config` when there is none, what is named is not a method, or it does not
+            declare what a run needs.
     """
     if name in METHODS:
         return METHODS[name]
@@ -68,13 +70,16 @@ def find_method(name: str) -> type[Method]:
         raise WaraError("config", f"unknown method '{name}'", "adapter.method", remedy)
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        what = f"the method {path} does not import: {error}"
-        remedy = "check PYTHONPATH and the name"
+    except Exception as error:  # whatever the user's own module does on import
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = f"the method {path} does not import: {reason}"
+        remedy = "correct it (modules are looked for where you are and on PYTHONPATH)"
         raise WaraError("config", what, "adapter.method", remedy) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         remedy = "name a class derived from wara.adapters.Method; see docs/add_a_method.md"
         raise WaraError("config", f"{path} is not a method", "adapter.method", remedy)
+    if found not in METHODS.values():
+        check_declarations(found, path, METHODS)
     return found
 
 
@@ -140,7 +145,7 @@ def read_method(section: Any) -> Any:
     named = dict(section)
     name = named.pop("method", "wara")
     if not isinstance(name, str):
-        raise fault(f"unknown method {name!r}", suggest(str(name), METHODS), "method")
+        raise fault("the method is not named by a text", suggest(str(name), METHODS), "method")
     try:
         cls = find_method(name)
     except WaraError as error:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wara.adapters import adapt, adaptation_of, base_hash, count_parameters
+from wara.adapters import (
+    adapt,
+    adaptation_of,
+    base_hash,
+    count_parameters,
+    parameter_groups,
+)
 from wara.backbones import NANO, build_backbone
 from wara.config import RunConfig
 from wara.data import gate, sources
@@ -245,7 +251,22 @@ def _model(config: RunConfig, images: ImageSet) -> tuple[nn.Module, BackboneInfo
         **arguments,
     )
     torch.manual_seed(config.seed)
-    return adapt(model, config.adapter), info
+    model = adapt(model, config.adapter)
+    _check_groups(model, config)
+    return model, info
+
+
+def _check_groups(model: nn.Module, config: RunConfig) -> None:
+    """Refuse a method whose rates are not those of what trains, as one of the user's own may be."""
+    for group, parameters in parameter_groups(model).items():
+        if bool(parameters) == (group in config.rates):
+            continue
+        name, where = config.adapter.name, f"rates of '{config.adapter.name}'"
+        what, remedy = f"'{group}' trains but has no rate", f"add '{group}' to its rates"
+        if not parameters:
+            what = f"there is a rate for '{group}', of which '{name}' trains nothing here"
+            remedy = "drop it, or declare what trains; see docs/add_a_method.md"
+        raise WaraError("config", what, where, remedy)
 
 
 def _loss(config: RunConfig, task: str, table: SplitTable) -> Loss:
