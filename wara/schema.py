@@ -235,6 +235,9 @@ def _walk(
         elif isinstance(part, int) and any(get_origin(option) is list for option in options):
             keys = (*keys, str(part))
             here = next(get_args(o)[0] for o in options if get_origin(o) is list)
+        elif any(get_origin(option) is dict for option in options):
+            keys = (*keys, str(part))
+            here = next(get_args(o)[1] for o in options if get_origin(o) is dict)
         else:
             break
     return Place(keys, field, beside)

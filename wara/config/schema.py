@@ -153,6 +153,9 @@ class RunConfig(Section):
     )
     focal_gamma: float = Field(2.0, ge=0, description="Focusing exponent of the focal loss.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss.")
+    max_class_weight: float | None = Field(
+        100.0, ge=1, description="Largest weight of a rare class in the loss; null: no limit."
+    )
 
     epochs: int = Field(12, ge=1, description="Passes over the training images.")
     batch_size: int = Field(32, ge=1, description="Images per batch, over all devices together.")

@@ -26,7 +26,7 @@ from wara.data.balance import SplitTable
 from wara.data.imageset import ImageSet
 from wara.errors import WaraError
 from wara.runs.provenance import data_sha256
-from wara.runs.tables import SplitRow, split_cells
+from wara.runs.tables import SplitRow, hashed_cells
 from wara.training import losses
 from wara.training.recipe import Recipe
 from wara.vit import BackboneInfo
@@ -221,7 +221,7 @@ def prepare(
         images=images,
         splits=splits,
         rows=rows,
-        data_hash=data_sha256(split_cells(rows)),
+        data_hash=data_sha256(hashed_cells(rows)),
         table=table,
         notes=notes,
         model=model,
@@ -273,7 +273,14 @@ def _loss(config: RunConfig, task: str, table: SplitTable) -> Loss:
     counts = table.counts["train"]
     name, why = losses.resolve_loss(config.loss, task, counts)
     asked = "auto" if config.loss == "auto" and name == "bce" else name
-    weights, weighted = losses.loss_weights(asked, task, counts, table.images["train"])
+    weights, weighted = losses.loss_weights(
+        asked,
+        task,
+        counts,
+        table.images["train"],
+        classes=table.classes,
+        most=config.max_class_weight,
+    )
     return Loss(name, why, weights, weighted)
 
 
