@@ -68,19 +68,33 @@ def find_method(name: str) -> type[Method]:
     if not colon:
         remedy = suggest(name, [*METHODS, *offered])
         raise WaraError("config", f"unknown method '{name}'", "adapter.method", remedy)
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's own module does on import
-        reason = " ".join(str(error).split()) or type(error).__name__
-        what = f"the method {path} does not import: {reason}"
-        remedy = "correct it (modules are looked for where you are and on PYTHONPATH)"
-        raise WaraError("config", what, "adapter.method", remedy) from error
+    found = _imported(path, module, attribute)
     if not (isinstance(found, type) and issubclass(found, Method)):
         remedy = "name a class derived from wara.adapters.Method; see docs/add_a_method.md"
         raise WaraError("config", f"{path} is not a method", "adapter.method", remedy)
     if found not in METHODS.values():
         check_declarations(found, path, METHODS)
     return found
+
+
+def _imported(path: str, module: str, attribute: str) -> Any:
+    """Return what `module:attribute` names; `path` is how the user wrote it."""
+    reason, found = "", None
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        reason = "it is not of the form package.module:Class"
+    else:
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:  # whatever the user's own module does on import
+            reason = " ".join(str(error).split()) or type(error).__name__
+        else:
+            if not hasattr(found, attribute):
+                reason = f"there is no '{attribute}' in {module}"
+    if reason:
+        what = f"the method {path} does not import: {reason}"
+        remedy = "correct it (modules are looked for where you are and on PYTHONPATH)"
+        raise WaraError("config", what, "adapter.method", remedy)
+    return getattr(found, attribute)
 
 
 def method_key(method: Method) -> str:

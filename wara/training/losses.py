@@ -50,7 +50,7 @@ def resolve_loss(loss: str, task: str, counts: Sequence[int]) -> tuple[str, str]
     if task != "multilabel" and loss == "bce":
         raise WaraError(
             "config", "loss 'bce' is for several labels per image", "loss",
-            f"use ce, weighted_ce, focal or auto for a {task} data set",
+            f"use ce, weighted_ce, focal or auto, for the task is {task}",
         )  # fmt: skip
     return loss, "chosen in the config"
 
@@ -80,7 +80,7 @@ def check_options(loss: str, task: str, *, smoothing: float, monitor: str) -> No
     if monitor not in metrics:
         faults.append(
             WaraError(
-                "config", f"'{monitor}' is not defined for a {task} data set", "monitor",
+                "config", f"'{monitor}' is not defined where the task is {task}", "monitor",
                 f"use one of {', '.join(metrics)}",
             )
         )  # fmt: skip
