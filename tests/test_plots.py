@@ -21,13 +21,13 @@ CLASSES = ["benign", "malignant", "normal $x_1$"]
 def figure(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures as they were saved."""
     kept: list[Figure] = []
-    save = plots._save
+    save = plots.save
 
     def keep(fig: Figure, path: Any, synthetic: bool) -> Path:
         kept.append(fig)
         return save(fig, path, synthetic)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save", keep)
     return kept
 
 
@@ -52,9 +52,11 @@ def test_roc_and_pr_name_the_areas_of_scikit_learn(
     plots.pr_curves(labels, probs, CLASSES, tmp_path / "pr.png")
     for i, name in enumerate(CLASSES[:2]):
         truth = labels == i
-        assert f"{name}  {roc_auc_score(truth, probs[:, i]):.3f}" in legend(figure[0])
+        assert f"{name}  {roc_auc_score(truth, probs[:, i]):.3f} (n={truth.sum()})" in legend(
+            figure[0]
+        )
         average = average_precision_score(truth, probs[:, i])
-        assert f"{name}  {average:.3f} ({truth.mean():.2f})" in legend(figure[1])
+        assert f"{name}  {average:.3f} ({truth.mean():.2f}, n={truth.sum()})" in legend(figure[1])
 
 
 def test_a_class_without_images_is_named_and_not_drawn(
@@ -81,6 +83,8 @@ def test_confusion_shows_the_counts_of_scikit_learn(
     plots.confusion(labels, called, CLASSES, tmp_path / "c.png")
     shown = np.array([int(t.get_text()) for t in figure[0].axes[0].texts]).reshape(3, 3)
     assert np.array_equal(shown, confusion_matrix(labels, called))
+    rows = [t.get_text() for t in figure[0].axes[0].get_yticklabels()]
+    assert rows[0] == f"benign (n={(labels == 0).sum()})"
     shares = np.array([float(t.get_text()) for t in figure[0].axes[1].texts]).reshape(3, 3)
     expected = confusion_matrix(labels, called, normalize="true")
     np.testing.assert_allclose(shares, expected, atol=0.006)
@@ -109,11 +113,16 @@ def test_learning_curves_draw_what_was_logged(figure: list[Figure], tmp_path: Pa
         {"epoch": e, "train_loss": 1 / e, "val_loss": 2 / e, "val_auc_macro": auc, "lr": 0.1 / e}
         for e, auc in ((1, 0.6), (2, None), (3, 0.8))
     ]
-    plots.learning_curves(rows, tmp_path / "curves.png")
+    plots.learning_curves(rows, tmp_path / "curves.png", monitor="auc_macro", best_epoch=3)
     panels = {ax.get_title(): ax for ax in figure[0].axes}
     assert list(panels) == ["loss", "validation", "learning rate"]
-    (auc,) = panels["validation"].get_lines()
+    auc, best = panels["validation"].get_lines()
     np.testing.assert_allclose(auc.get_ydata(), [0.6, np.nan, 0.8])
+    assert set(best.get_xdata()) == {3} and "best epoch 3" in legend(figure[0])
+    assert auc.get_linewidth() > panels["loss"].get_lines()[0].get_linewidth()
+    for ax in panels.values():
+        # No curve runs beneath a legend, wherever it goes.
+        assert not ax.get_legend().get_window_extent().overlaps(ax.bbox)
 
 
 def test_energy_and_spectra_are_drawn_for_every_layer_and_subband(

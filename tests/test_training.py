@@ -358,6 +358,9 @@ def test_metrics_and_tables_agree(folder: Path) -> None:
     with (path / "predictions_test.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     right = np.mean([row["label"] == row["pred"] for row in rows])
+    assert {row["label"] for row in rows} | {row["pred"] for row in rows} <= set(CLASSES)
+    for column in ("label", "pred"):
+        assert all(CLASSES[int(row[f"{column}_index"])] == row[column] for row in rows)
     assert metrics["test"]["accuracy"]["value"] == pytest.approx(right)
     assert metrics["test"]["accuracy"]["n"] == len(rows)
     with (path / "splits.csv").open() as handle:
@@ -409,7 +412,7 @@ def test_the_resolved_config_and_the_record(folder: Path) -> None:
     log = (path / "train.log").read_text()
     assert "epoch 1/2" in log and "auc_macro" in log
     text = (path / "report.md").read_text()
-    assert "plots/roc.png" in text and "| `auc_macro` |" in text and "wara.load_adapter" in text
+    assert "plots/roc.png" in text and "| `auc_macro` |" in text and "wara.load_run" in text
 
 
 @pytest.mark.parametrize(

@@ -221,13 +221,19 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     Raises:
         WaraError: kind "artefact" when it is missing or not such a table.
     """
-    remedy = "give the folder of a finished run, as it was written"
+    remedy = "bring back the file as it was written"
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise WaraError("artefact", f"cannot read the table: {error}", str(path), remedy) from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, UnicodeDecodeError):
+            reason = "not UTF-8 text"
+        what = f"cannot read the table: {reason}"
+        raise WaraError("artefact", what, str(path), remedy) from error
+    if len(set(columns)) < len(columns):
+        raise WaraError("artefact", "a column stands twice", str(path), remedy)
     if any(None in row or None in row.values() for row in rows):
         raise WaraError("artefact", "rows of different length", str(path), remedy)
     return columns, rows

@@ -22,7 +22,7 @@ from torch import Tensor
 from wara.adapters import singular_values, subband_energy
 from wara.data import sources
 from wara.errors import WaraError
-from wara.evaluation import plots
+from wara.evaluation import canvas, plots
 from wara.images import to_tensor
 from wara.runs import Run, load_run
 from wara.training.setup import PHANTOM_SIDE
@@ -102,7 +102,7 @@ def compare(found: list[dict[str, Any]], path: Path) -> None:
     left, right = fig.subplots(1, 2, width_ratios=[2, 1])
     width = 0.8 / len(found)
     for i, one in enumerate(found):
-        colour = plots.PALETTE[i % len(plots.PALETTE)]
+        colour = canvas.PALETTE[i % len(canvas.PALETTE)]
         heights = [one["share"].get(band, np.nan) for band in bands]
         left.bar(np.arange(len(bands)) + (i + 0.5) * width - 0.4, heights, width, color=colour,
                  label=one["run"])  # fmt: skip
@@ -114,7 +114,7 @@ def compare(found: list[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="subband, coarse to fine", ylabel="share of the update's energy")
     right.set(xlabel="index", ylabel="singular value / largest", ylim=(0, None))
     if any(one["synthetic"] for one in found):
-        fig.suptitle(plots.STAMP, fontsize=7, color=plots.PALETTE[1])
+        fig.suptitle(canvas.STAMP, fontsize=7, color=canvas.PALETTE[1])
     left.legend(fontsize=7)
     write_figure(fig, path)
 

@@ -258,6 +258,10 @@ class Method(metaclass=_Refusing):
     reversible: ClassVar[bool] = False
     """Whether the base parameters that train are few enough to keep a copy of, for `unload`."""
 
+    def learning_rates(self) -> Mapping[str, float]:
+        """Return those of `rates` whose parameters train under these options."""
+        return self.rates
+
     def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
         """Return the adapter layers by the dotted path of the module each sits on.
 

@@ -18,6 +18,7 @@ from wara.adapters.base import (
     Method,
 )
 from wara.adapters.budget import fit
+from wara.adapters.declared import check_layers
 from wara.adapters.state import (
     ADAPTATION,
     Adaptation,
@@ -78,6 +79,7 @@ def adapt(model: nn.Module, method: Method, *, empty: bool = False) -> nn.Module
             layers = method.layers(inner)
     else:
         layers = method.layers(inner)
+    check_layers(inner, method, layers)
     kept = base if method.reversible else ()
     originals = {name: inner.get_parameter(name).detach().clone() for name in kept}
     attributes: list[Attribute] = []

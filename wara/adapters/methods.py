@@ -22,6 +22,7 @@ from wara.adapters.baselines import (
     LoKr,
     VeRA,
 )
+from wara.adapters.declared import check_declarations
 from wara.adapters.lora import LoRA
 from wara.adapters.probes import Full, LinearProbe
 from wara.adapters.sparse import SHiRA, WaveFT
@@ -58,7 +59,8 @@ def find_method(name: str) -> type[Method]:
             `package.module:Class`.
 
     Raises:
-        WaraError: kind `config` when there is none, or what is named is not a method.
+        WaraError: kind `config` when there is none, what is named is not a method, or it does not
+            declare what a run needs.
     """
     if name in METHODS:
         return METHODS[name]
@@ -68,15 +70,12 @@ def find_method(name: str) -> type[Method]:
     if not (module and colon and attribute):
         remedy = suggest(name, [*METHODS, *offered])
         raise WaraError("config", f"unknown method '{name}'", "adapter.method", remedy)
-    try:
-        found = attrgetter(attribute)(importlib.import_module(module))
-    except Exception as error:  # whatever a module may raise while it is run
-        what = f"the method {path} does not import: {str(error) or type(error).__name__}"
-        remedy = "check PYTHONPATH and the name"
-        raise WaraError("config", what, "adapter.method", remedy) from error
+    found = _imported(path, module, attribute)
     if not (isinstance(found, type) and issubclass(found, Method)):
         remedy = "name a class derived from wara.adapters.Method; see docs/add_a_method.md"
         raise WaraError("config", f"{path} is not a method", "adapter.method", remedy)
+    if found not in METHODS.values():
+        check_declarations(found, path, METHODS)
     return found
 
 
@@ -109,6 +108,25 @@ def known_method(name: str, given: Sequence[type[Method]] = ()) -> type[Method]:
 
 def _offered() -> dict[str, str]:
     return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def _imported(path: str, module: str, attribute: str) -> Any:
+    """Return what `module:attribute` names; `path` is how the user wrote it."""
+    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+        reason = "it is not of the form package.module:Class"
+    else:
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:  # whatever the user's own module does on import
+            reason = " ".join(str(error).split()) or type(error).__name__
+        else:
+            try:
+                return attrgetter(attribute)(found)
+            except AttributeError:
+                reason = f"there is no '{attribute}' in {module}"
+    what = f"the method {path} does not import: {reason}"
+    remedy = "correct it (modules are looked for where you are and on PYTHONPATH)"
+    raise WaraError("config", what, "adapter.method", remedy)
 
 
 def class_key(cls: type[Method]) -> str:
@@ -171,7 +189,7 @@ def read_method(section: Any) -> Any:
     named = dict(section)
     name = named.pop("method", "wara")
     if not isinstance(name, str):
-        raise fault(f"unknown method {name!r}", suggest(str(name), METHODS), "method")
+        raise fault("the method is not named by a text", suggest(str(name), METHODS), "method")
     try:
         cls = find_method(name)
     except WaraError as error:

@@ -111,7 +111,7 @@ def target_fault(targets: Sequence[str]) -> tuple[str, str] | None:
     Args:
         targets: short names or path patterns.
     """
-    if isinstance(targets, str) or not targets:
+    if isinstance(targets, str) or not targets or None in targets:
         return "targets must be a list of names", "write a list, such as [q, k, v, o]"
     for target in targets:
         if not isinstance(target, str) or not (target in ALIASES or is_pattern(target)):

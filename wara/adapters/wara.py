@@ -264,6 +264,11 @@ class WaRA(SubbandMethod):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
+    def learning_rates(self) -> Mapping[str, float]:
+        """Return `rates`, without that of the cores where these are fixed."""
+        fixed = self.core == "identity"
+        return {k: rate for k, rate in self.rates.items() if not (fixed and k == "core")}
+
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target, all with the same transform."""
         tokens = self.tokens(model)

@@ -1,14 +1,7 @@
-"""Figures of a run: numbers in, one PNG out.
-
-Every function draws on its own `Figure` (Agg canvas, no pyplot, so no window, no global state and
-no backend to set), writes the file whole or not at all, and returns its path. `synthetic=True`
-prints a line on the figure, so that a curve of phantoms is never taken for one of patients.
-Colours are Okabe and Ito's, told apart by colour-blind readers; line styles repeat them.
-"""
+"""Figures of a run: numbers in, one PNG out, and its path returned; see `canvas`."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +10,6 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
@@ -31,17 +23,18 @@ from sklearn.metrics import (
 
 from wara.errors import WaraError
 from wara.evaluation.calibration import confidence_and_hits, ece, reliability_bins
-from wara.storage import write_bytes
+from wara.evaluation.canvas import PALETTE, line_of, new_figure, save, say, text_of
 
-STAMP = "synthetic phantoms: drawn by code, no patient was imaged"
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", ":")
 _HEADLINE = ("auc_macro", "qwk", "balanced_accuracy", "accuracy", "f1_macro", "ece")
-_DPI = 130
 
 
 def learning_curves(
-    rows: Sequence[Mapping[str, Any]], path: str | Path, *, synthetic: bool = False
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    monitor: str = "",
+    best_epoch: int = 0,
+    synthetic: bool = False,
 ) -> Path:
     """Draw losses, validation metrics and learning rates over epochs.
 
@@ -51,10 +44,43 @@ def learning_curves(
             prefix counts as validation), rates (names with `lr`). Empty and non-finite cells leave
             a gap; other columns are ignored.
         path: the PNG to write.
+        monitor: metric that picked the best epoch; drawn wide, on top of the others.
+        best_epoch: marked by a line in each panel; 0 marks none.
         synthetic: stamp the figure.
     """
     series = {str(key): _column(rows, key) for row in rows[:1] for key in row}
     epochs = series.pop("epoch", np.arange(len(rows), dtype=float))
+    panels = _panels(series)
+    fig = new_figure(4.6 * max(len(panels), 1), 4.3)
+    if not panels:
+        say(fig.subplots(), "no finite number was logged")
+    for ax, (title, columns) in zip(
+        fig.subplots(1, max(len(panels), 1), squeeze=False)[0] if panels else (),
+        panels,
+        strict=True,
+    ):
+        for i, (name, label) in enumerate(columns.items()):
+            look = line_of(i)
+            if label == monitor:
+                look |= {"linewidth": 3, "zorder": 3}
+            ax.plot(epochs, series[name], label=text_of(label), marker="o", markersize=2.5, **look)
+        if best_epoch:
+            words = f"best epoch {best_epoch}"
+            ax.axvline(best_epoch, color="0.35", linewidth=1, linestyle="--", label=words, zorder=1)
+        ax.set(title=title, xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if title == "learning rate" and all((series[n][1:] > 0).any() for n in columns):
+            ax.set_yscale("log")
+        ax.grid(alpha=0.25)
+        # Below the panel: inside, it would lie on a curve sooner or later.
+        ax.legend(
+            fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
+        )
+    return save(fig, path, synthetic)
+
+
+def _panels(series: Mapping[str, NDArray[Any]]) -> list[tuple[str, dict[str, str]]]:
+    """Return the titles of the panels, each with its columns and what they are called."""
 
     def is_rate(name: str) -> bool:
         return "lr" in name.replace("/", "_").replace("-", "_").split("_")
@@ -74,26 +100,7 @@ def learning_curves(
         (title, {n: label for n, label in columns.items() if np.isfinite(series[n]).any()})
         for title, columns in panels
     ]
-    panels = [(title, columns) for title, columns in panels if columns]
-    fig = _figure(4.6 * max(len(panels), 1), 3.7)
-    if not panels:
-        _say(fig.subplots(), "no finite number was logged")
-    for ax, (title, columns) in zip(
-        fig.subplots(1, max(len(panels), 1), squeeze=False)[0] if panels else (),
-        panels,
-        strict=True,
-    ):
-        for i, (name, label) in enumerate(columns.items()):
-            ax.plot(
-                epochs, series[name], label=_text(label), marker="o", markersize=2.5, **_line(i)
-            )
-        ax.set(title=title, xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if title == "learning rate" and all((series[n][1:] > 0).any() for n in columns):
-            ax.set_yscale("log")
-        ax.grid(alpha=0.25)
-        ax.legend(fontsize=8, frameon=True, framealpha=0.8)
-    return _save(fig, path, synthetic)
+    return [(title, columns) for title, columns in panels if columns]
 
 
 def roc_curves(
@@ -117,12 +124,12 @@ def roc_curves(
     fig, ax = _curve_axes(len(curves) + len(skipped))
     for i, (name, truth, score) in enumerate(curves):
         false_positive, true_positive, _ = roc_curve(truth, score)
-        label = f"{_text(name)}  {roc_auc_score(truth, score):.3f}"
-        ax.plot(false_positive, true_positive, label=label, **_line(i))
+        label = f"{text_of(name)}  {roc_auc_score(truth, score):.3f} (n={truth.sum()})"
+        ax.plot(false_positive, true_positive, label=label, **line_of(i))
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="chance  0.500")
     ax.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
-    _curve_legend(ax, "AUROC", skipped, bool(curves))
-    return _save(fig, path, synthetic)
+    _curve_legend(ax, f"AUROC (n of {len(np.asarray(probs))} images)", skipped, bool(curves))
+    return save(fig, path, synthetic)
 
 
 def pr_curves(
@@ -142,11 +149,11 @@ def pr_curves(
     for i, (name, truth, score) in enumerate(curves):
         precision, recall, _ = precision_recall_curve(truth, score)
         average = average_precision_score(truth, score)
-        label = f"{_text(name)}  {average:.3f} ({truth.mean():.2f})"
-        ax.plot(recall, precision, drawstyle="steps-post", label=label, **_line(i))
+        label = f"{text_of(name)}  {average:.3f} ({truth.mean():.2f}, n={truth.sum()})"
+        ax.plot(recall, precision, drawstyle="steps-post", label=label, **line_of(i))
     ax.set(title="Precision and recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)")
-    _curve_legend(ax, "average precision (prevalence)", skipped, bool(curves))
-    return _save(fig, path, synthetic)
+    _curve_legend(ax, "average precision (prevalence, n)", skipped, bool(curves))
+    return save(fig, path, synthetic)
 
 
 def confusion(
@@ -170,7 +177,9 @@ def confusion(
     y, called, c = np.asarray(labels), np.asarray(preds), len(classes)
     if y.shape != called.shape or (y.ndim == 2 and y.shape[1] != c):
         raise WaraError("usage", f"labels {y.shape} and predictions {called.shape} do not fit")
-    rows = [_text(name) for name in classes]
+    columns = [text_of(name) for name in classes]
+    tally = y.sum(axis=0) if y.ndim == 2 else np.bincount(y.astype(np.int64), minlength=c)
+    rows = [f"{name} (n={n:.0f})" for name, n in zip(columns, tally, strict=True)]
     if y.ndim == 2:
         y, called = y.astype(bool), called.astype(bool)
         cells = [y & called, y & ~called, ~y & called, ~y & ~called]
@@ -182,13 +191,13 @@ def confusion(
         counts = np.zeros((c, c), dtype=np.int64)
         np.add.at(counts, (y.astype(np.int64), called.astype(np.int64)), 1)
         whole = counts.sum(axis=1, keepdims=True).repeat(c, axis=1)
-        columns, titles, across = rows, ("images", "share of the true class"), "predicted"
+        titles, across = ("images", "share of the true class"), "predicted"
     shares = np.divide(counts, whole, out=np.full(counts.shape, np.nan), where=whole > 0)
 
     longest = max(len(name) for name in rows)
     cell = 0.5 if c > 8 else 0.62
     width = max(2.6, len(columns) * (cell if across else 0.9)) + 0.075 * longest + 0.5
-    fig = _figure(2 * width, max(2.4, c * cell) + (0.06 * longest if across else 0.5) + 0.9)
+    fig = new_figure(2 * width, max(2.4, c * cell) + (0.06 * longest if across else 0.5) + 0.9)
     axes = fig.subplots(1, 2)
     for ax, title, values, form in zip(axes, titles, (counts, shares), ("d", ".2f"), strict=True):
         ax.imshow(np.nan_to_num(shares), cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -203,7 +212,7 @@ def confusion(
         ax.set_yticks(range(c), rows, fontsize=8)
         ax.set(title=title, xlabel=across, ylabel="true class" if across else "label")
         ax.title.set_fontsize(10)
-    return _save(fig, path, synthetic)
+    return save(fig, path, synthetic)
 
 
 def reliability(
@@ -218,7 +227,7 @@ def reliability(
     confidence, hits = confidence_and_hits(labels, probs)
     table = reliability_bins(confidence, hits)
     pooled = confidence.shape[1] > 1
-    fig = _figure(4.6, 5.4)
+    fig = new_figure(4.6, 5.4)
     top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     filled = table.count > 0
     middles = (table.edges[:-1] + table.edges[1:]) / 2
@@ -255,7 +264,7 @@ def reliability(
     bottom.yaxis.set_minor_formatter(NullFormatter())
     bottom.set(xlabel="predicted probability" + ("" if pooled else " of the top class"))
     bottom.set_ylabel("predictions" if pooled else "images")
-    return _save(fig, path, synthetic)
+    return save(fig, path, synthetic)
 
 
 def subband_energy(
@@ -277,11 +286,13 @@ def subband_energy(
         raise WaraError("usage", "no subband energies to draw")
     values = np.array([[float(energy[n].get(b, np.nan)) for b in bands] for n in layers])
     shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
-    fig = _figure(2.4 + 0.075 * max(map(len, layers)) + 0.55 * len(bands), 1.3 + 0.2 * len(layers))
+    fig = new_figure(
+        2.4 + 0.075 * max(map(len, layers)) + 0.55 * len(bands), 1.3 + 0.2 * len(layers)
+    )
     ax = fig.subplots()
     ax.patch.set(hatch="////", edgecolor="0.6", facecolor="white")
-    ax.set_xticks(range(len(bands)), [_text(band) for band in bands], fontsize=8)
-    ax.set_yticks(range(len(layers)), [_text(name, 48) for name in layers], fontsize=7)
+    ax.set_xticks(range(len(bands)), [text_of(band) for band in bands], fontsize=8)
+    ax.set_yticks(range(len(layers)), [text_of(name, 48) for name in layers], fontsize=7)
     ax.set(title="Energy of the update", xlabel="subband, coarse to fine", ylabel="layer")
     low, high = (1.0, 10.0) if shown.count() == 0 else (float(shown.min()), float(shown.max()))
     image = ax.imshow(
@@ -290,7 +301,7 @@ def subband_energy(
     fig.colorbar(image, ax=ax, label="energy", pad=0.02)
     if shown.count() < shown.size:
         ax.set_xlabel("subband, coarse to fine (hatched: none)")
-    return _save(fig, path, synthetic)
+    return save(fig, path, synthetic)
 
 
 def singular_values(
@@ -316,12 +327,12 @@ def singular_values(
     across = min(len(bands), 4)
     down = math.ceil(len(bands) / across)
     few = len(layers) <= len(PALETTE)
-    fig = _figure(max(2.3 * across, 4.0) + 1.6, 2.2 * down + 0.7)
+    fig = new_figure(max(2.3 * across, 4.0) + 1.6, 2.2 * down + 0.7)
     axes = fig.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     panels = list(zip(axes.flat[: len(bands)], bands, strict=True))
     shade = colormaps["viridis"]
     for i, name in enumerate(layers):
-        look = _line(i) if few else {"color": shade(i / (len(layers) - 1)), "linewidth": 0.9}
+        look = line_of(i) if few else {"color": shade(i / (len(layers) - 1)), "linewidth": 0.9}
         for ax, band in panels:
             found = np.sort(np.asarray(values[name].get(band, ()), dtype=np.float64))[::-1]
             found = np.where(found > 0, found, np.nan)
@@ -330,11 +341,11 @@ def singular_values(
                 found,
                 marker="o",
                 markersize=2,
-                label=_text(name),
+                label=text_of(name),
                 **look,
             )
     for ax, band in panels:
-        ax.set_title(_text(band), fontsize=9)
+        ax.set_title(text_of(band), fontsize=9)
         ax.grid(alpha=0.25)
         ax.set_yscale("log")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -354,41 +365,8 @@ def singular_values(
         scale = ScalarMappable(Normalize(0, len(layers) - 1), shade)
         bar = fig.colorbar(scale, ax=axes, pad=0.02, aspect=30)
         picks = np.unique(np.linspace(0, len(layers) - 1, 6).round().astype(int))
-        bar.set_ticks(picks.tolist(), labels=[_text(layers[i]) for i in picks], fontsize=7)
-    return _save(fig, path, synthetic)
-
-
-def _figure(width: float, height: float) -> Figure:
-    fig = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(fig)
-    return fig
-
-
-def _save(fig: Figure, path: str | Path, synthetic: bool) -> Path:
-    """Write the PNG, whole or not at all."""
-    if synthetic:
-        height = fig.get_size_inches()[1]
-        share = 0.26 / height
-        fig.set_layout_engine("constrained", rect=(0, share, 1, 1 - share))
-        fig.text(0.5, 0.05 / height, STAMP, ha="center", va="bottom", fontsize=8, color=PALETTE[1])
-    out, buffer = Path(path), io.BytesIO()
-    # No version or date in the file: the same numbers give the same bytes.
-    fig.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    write_bytes(out, buffer.getvalue())
-    return out
-
-
-def _text(name: str, longest: int = 32) -> str:
-    """Return a name that matplotlib prints as it is: no mathtext, not hidden, not endless."""
-    name = str(name).replace("$", r"\$").replace("\n", " ")
-    if len(name) > longest:  # layer names differ at both ends
-        name = name[: longest // 2 - 1] + "…" + name[-(longest - longest // 2) :]
-    return f" {name}" if name.startswith("_") else name
-
-
-def _line(i: int) -> dict[str, Any]:
-    style = _STYLES[i // len(PALETTE) % len(_STYLES)]
-    return {"color": PALETTE[i % len(PALETTE)], "linestyle": style, "linewidth": 1.5}
+        bar.set_ticks(picks.tolist(), labels=[text_of(layers[i]) for i in picks], fontsize=7)
+    return save(fig, path, synthetic)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
@@ -417,16 +395,16 @@ def _one_against_rest(
             continue  # the mirror image of the other one
         truth = (y[:, k] if y.ndim == 2 else y == k).astype(np.int64)
         if not truth.any():
-            skipped.append(f"{_text(name)}  no positives")
+            skipped.append(f"{text_of(name)}  no positives")
         elif need_negatives and truth.all():
-            skipped.append(f"{_text(name)}  no negatives")
+            skipped.append(f"{text_of(name)}  no negatives")
         else:
             curves.append((name, truth, p[:, k]))
     return curves, skipped
 
 
 def _curve_axes(entries: int) -> tuple[Figure, Axes]:
-    fig = _figure(7.4, max(4.6, 1.2 + 0.22 * entries))
+    fig = new_figure(7.4, max(4.6, 1.2 + 0.22 * entries))
     ax = fig.subplots()
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", anchor="W")
     ax.grid(alpha=0.25)
@@ -437,7 +415,7 @@ def _curve_legend(ax: Axes, title: str, skipped: Sequence[str], drawn: bool) -> 
     for words in skipped:
         ax.plot([], [], color="none", label=words)
     if not drawn:
-        _say(ax, "no class has both positives and negatives" if skipped else "no class")
+        say(ax, "no class has both positives and negatives" if skipped else "no class")
     ax.legend(
         title=title,
         loc="upper left",
@@ -447,10 +425,6 @@ def _curve_legend(ax: Axes, title: str, skipped: Sequence[str], drawn: bool) -> 
         title_fontsize=8,
         frameon=False,
     )
-
-
-def _say(ax: Axes, words: str) -> None:
-    ax.text(0.5, 0.5, words, ha="center", va="center", transform=ax.transAxes, color="0.3")
 
 
 def _in_order(table: Mapping[str, Mapping[str, Any]]) -> list[str]:

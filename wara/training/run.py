@@ -18,7 +18,7 @@ from wara.evaluation.predict import Predictions
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress
 from wara.runs.provenance import Provenance, collect, peak_memory_mb
-from wara.runs.tables import write_curves, write_splits
+from wara.runs.tables import label_names, write_curves, write_splits
 from wara.storage import write_text
 from wara.training.checkpoint import read_best, read_last, write_best
 from wara.training.console import Console, silence_libraries
@@ -137,7 +137,7 @@ class _Process:
         stamp = f"# synthetic: {str(synthetic).lower()}\n"
         write_text(folder.config, stamp + dump_config(run.config))
         self.provenance.write()
-        write_splits(folder.splits, run.rows, synthetic=synthetic)
+        write_splits(folder.splits, run.rows, classes=run.classes, synthetic=synthetic)
         self.console.log_to(folder.log)
         if last is not None:
             progress = self.progress
@@ -172,7 +172,6 @@ class _Process:
             counts=run.counts,
             banners=self.plan.banners,
             plan=self.plan.lines(),
-            weights=config.backbone.weights,
         )
         batches = {
             name: eval_batches(
@@ -191,7 +190,7 @@ class _Process:
         images = next(iter(batches[shown_split(splits)]))["image"]
         metrics = write_results(
             folder, facts, splits, model, images.to(next(model.parameters()).device), progress,
-            epochs=config.epochs, bootstrap=config.bootstrap,
+            epochs=config.epochs, warmup_epochs=config.warmup_epochs, bootstrap=config.bootstrap,
             peak_memory_mb=peak_memory_mb(run.device.accelerator == "gpu"),
         )  # fmt: skip
         self._close_sinks(metrics, splits["test"].found)
@@ -253,7 +252,11 @@ class _Process:
         if config.wandb_images:
             shown = zip(found.index[:8], found.labels[:8], found.predicted[:8], strict=True)
             images = [
-                (self.run.images.read(int(i)), f"label {label}, predicted {guess}")
+                (
+                    self.run.images.read(int(i)),
+                    f"label {label_names(label, self.run.classes) or 'none'}, "
+                    f"predicted {label_names(guess, self.run.classes) or 'none'}",
+                )
                 for i, label, guess in shown
             ]
         self.sinks.results(
@@ -292,7 +295,11 @@ def _facts_of(run: Prepared) -> dict[str, Any]:
             "layout": backbone.layout,
             "part": backbone.part,
             "left_out": backbone.left_out,
-            "weights": config.backbone.weights or backbone.weights_source,
+            "weights": (
+                str(Path(config.backbone.weights).expanduser().absolute())
+                if config.backbone.weights
+                else backbone.weights_source
+            ),
             "weights_sha256": backbone.weights_sha256,
             "frozen_sha256": run.base_hash,
         },
