@@ -308,14 +308,14 @@ class ImageSet:
             self._filled[index] = True
         return loaded
 
-    def fill(self, spec: ImageSpec) -> None:
-        """Read whatever `keep` has not yet in memory, in threads.
+    def fill(self, spec: ImageSpec, indices: Sequence[int]) -> None:
+        """Read whatever of some images `keep` has not yet in memory, in threads.
 
         Raises:
             WaraError: kind "data" when an image cannot be read.
         """
         if self.keep(spec):
-            missing = np.flatnonzero(~self._filled).tolist()
+            missing = [index for index in indices if not self._filled[index]]
             in_threads(lambda index: self.array(index, spec), missing)
 
 

@@ -50,6 +50,7 @@ def load_batches(
     order: Iterable[Key],
     spec: ImageSpec,
     *,
+    indices: Sequence[int],
     batch_size: int,
     workers: int = 0,
     augment: Augment | None = None,
@@ -60,6 +61,7 @@ def load_batches(
     Args:
         image_set: the data.
         order: (epoch, record number) of each image, in order; a sampler.
+        indices: all record numbers that `order` names in any epoch; no other image is read.
         spec: what the network expects.
         batch_size: images per batch.
         workers: processes that load images; 0 loads in this one. Results do not depend on it.
@@ -68,7 +70,7 @@ def load_batches(
     """
     if workers:
         # Before the workers exist, so that they share what is kept instead of each reading it.
-        image_set.fill(spec)
+        image_set.fill(spec, indices)
     else:
         image_set.keep(spec)
     return DataLoader(
@@ -93,7 +95,9 @@ def eval_batches(
 ) -> DataLoader:
     """Return a loader of some records in order, as they are; see `load_batches`."""
     order = [(0, int(index)) for index in indices]
-    return load_batches(image_set, order, spec, batch_size=batch_size, workers=workers)
+    return load_batches(
+        image_set, order, spec, indices=indices, batch_size=batch_size, workers=workers
+    )
 
 
 def _one_thread(_: int) -> None:

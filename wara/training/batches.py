@@ -147,6 +147,7 @@ class ImageDataModule(pl.LightningDataModule):
             self.image_set,
             sampler,
             self.spec,
+            indices=sampler.indices.tolist(),
             batch_size=self.batch_size,
             workers=self.workers,
             augment=augment,
