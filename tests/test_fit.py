@@ -16,6 +16,7 @@ from wara.cards import Card
 from wara.data import ImageSet, Record
 from wara.data.imageset import ArrayReader, Loaded
 from wara.images import ImageSpec
+from wara.training.augment import Augment, build_augment
 from wara.training.fit import fit
 from wara.training.recipe import Recipe
 from wara.training.run import evaluate
@@ -111,3 +112,44 @@ def test_a_split_is_evaluated_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["val"].scores["auc_macro"]["value"] is not None
     assert evaluate(run).keys() == {"val", "test"}
     assert seen == {*run.indices("val"), *run.indices("test")}
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ({"modality": "ultrasound"}, "ultrasound"),
+        ({}, "general"),
+        ({"modality": "ultrasound", "augment": "off"}, "off"),
+        ({"augment": "fundus"}, "fundus"),
+    ],
+)
+def test_what_augments_is_the_cards_choice_unless_the_config_makes_one(
+    data: dict[str, str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    def build(preset: str) -> Augment:
+        built.append(preset)
+        return build_augment(preset)
+
+    monkeypatch.setattr("wara.training.batches.build_augment", build)
+    run = prepare(tiny_config(tmp_path, epochs=1, data=data), report_dir=None)
+    assert run.recipe().augment == wanted
+    fit(run.model, run.recipe(), run.images, run.splits, run.backbone.spec)
+    assert built == [wanted]
+
+
+def test_order_and_augmentation_follow_the_recipes_seed() -> None:
+    def trained(seed: int, augment: str) -> torch.Tensor:
+        images, _ = guarded(set())
+        model = adapted()
+        recipe = dataclasses.replace(RECIPE, epochs=1, seed=seed, augment=augment)
+        fit(model, recipe, images, SPLITS, SPEC)
+        return wara.adapters.adapter_state_dict(model)["head.weight"].clone()
+
+    first = trained(3, "fundus")
+    assert torch.equal(first, trained(3, "fundus"))
+    for seed, augment in ((4, "fundus"), (3, "off")):
+        assert not torch.equal(first, trained(seed, augment))
+    # Without augmentation or dropout the seed decides the order of images, and nothing else.
+    assert not torch.equal(trained(3, "off"), trained(4, "off"))
