@@ -201,6 +201,17 @@ def test_speckle_differs_from_pixel_to_pixel() -> None:
     assert all(abs(out.mean()) < 0.02 for out in noisy)
 
 
+def test_no_preset_goes_further_than_another_photograph_would() -> None:
+    most = Preset(
+        "", True, True, True, degrees=30, scale=0.15, shift=0.05, brightness=0.15, contrast=0.2,
+        gamma=0.2, hue=5, saturation=20, speckle=0.1,
+    )  # fmt: skip
+    for name, preset in PRESETS.items():
+        limits = {key: value for key, value in vars(preset).items() if key != "why"}
+        assert all(value <= vars(most)[key] for key, value in limits.items()), name
+        assert any(limits.values()) == (name != "off")
+
+
 def test_off_is_the_identity():
     image = scene()
     assert build_augment("off")(image, 3) is image
