@@ -151,8 +151,10 @@ def test_geometry_stays_within_its_limits_and_uses_them() -> None:
 
 def test_what_comes_in_from_outside_is_black() -> None:
     white = np.full((60, 60, 3), 255, np.uint8)
-    corners = np.array([out[0, 0] for out in outcomes(white, 60, degrees=30)])
+    outs = np.array(outcomes(white, 60, degrees=30))
+    corners = outs[:, 0, 0]
     assert np.median(corners) == 0 and corners.max() == 255  # turned, and left as it was
+    assert len(np.unique(outs)) > 50  # and the edge is smooth
 
 
 def test_quarter_turns_are_of_all_four_kinds_and_need_a_square() -> None:

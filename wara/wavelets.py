@@ -6,7 +6,7 @@ low-rank factors act on channels; the two commute, so the transform can be appli
 per token in place of the layer's width. The way through one subband, `P_s = IDWT ∘ mask_s ∘ DWT`,
 is `[n, n]`, and `Σ_s P_s = I`.
 
-WaveFT (arXiv 2505.12532) transforms a weight matrix itself, by one level: `synthesis`, axis by axis.
+WaveFT (arXiv 2505.12532) transforms a weight matrix itself, by one level: see `synthesis`.
 """
 
 from __future__ import annotations
