@@ -54,7 +54,6 @@ def load_batches(
     batch_size: int,
     workers: int = 0,
     augment: Augment | None = None,
-    seed: int = 0,
 ) -> DataLoader:
     """Return a loader of the images named by `order`.
 
@@ -66,7 +65,6 @@ def load_batches(
         batch_size: images per batch.
         workers: processes that load images; 0 loads in this one. Results do not depend on it.
         augment: what to change in an image, if anything.
-        seed: for torch's own numbers, so that they are not taken from the generator of dropout.
     """
     if workers:
         # Before the workers exist, so that they share what is kept instead of each reading it.
@@ -81,7 +79,8 @@ def load_batches(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread if workers else None,
-        generator=torch.Generator().manual_seed(seed),
+        # What torch draws for workers decides nothing; dropout's own generator must not give it.
+        generator=torch.Generator(),
     )
 
 

@@ -139,7 +139,6 @@ class ImageDataModule(pl.LightningDataModule):
             batch_size=self.batch_size,
             workers=self.workers,
             augment=augment,
-            seed=self.seed,
         )
 
 
