@@ -357,7 +357,7 @@ def test_large_sets_are_not_kept(tmp_path, monkeypatch):
     images = file_set(paths)
     spec = ImageSpec((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear")
     assert not images.keep(spec)
-    images.fill(spec)
+    images.fill(spec, range(len(images)))
     expected = resize(read_image(paths[3]), (16, 16), "bilinear")
     np.testing.assert_array_equal(images.array(3, spec), expected)
 

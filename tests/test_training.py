@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,11 @@ from wara.data.balance import SplitTable
 from wara.errors import WaraError
 from wara.evaluation.calibration import to_probs
 from wara.evaluation.predict import predict
+from wara.evaluation.split import evaluate_split
 from wara.images import load_tensor
 from wara.net import reachable
 from wara.runs.progress import Progress
 from wara.runs.report import cell, result_table
-from wara.runs.results import evaluate_split
 from wara.training.checkpoint import load_checkpoint
 from wara.training.console import Console
 from wara.training.loggers import public_config
@@ -592,8 +591,10 @@ def test_multilabel(tmp_path: Path, folder: Path) -> None:
 
 
 def test_no_test_images_are_said() -> None:
-    facts: Any = SimpleNamespace(task="multiclass", classes=CLASSES, seed=0)
-    empty = evaluate_split(torch.nn.Linear(1, 1), [], [], facts, name="test", bootstrap=9)
+    empty = evaluate_split(
+        torch.nn.Linear(1, 1), [], [],
+        task="multiclass", classes=CLASSES, name="test", bootstrap=9, seed=0,
+    )  # fmt: skip
     scores = empty.scores
     assert scores["auc_macro"]["value"] is None and "no test images" in str(scores["auc_macro"])
 

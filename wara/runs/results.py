@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from wara.adapters import save_adapter, singular_values, subband_energy
 from wara.data.balance import class_counts
 from wara.evaluation import plots
-from wara.evaluation.metrics import evaluate, metric_names
-from wara.evaluation.predict import Predictions, predict
+from wara.evaluation.predict import Predictions
+from wara.evaluation.split import Split
 from wara.runs import report, tables
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress
@@ -20,8 +20,6 @@ from wara.storage import write_json, write_text
 from wara.vit import BackboneInfo
 
 _ENERGY_IMAGES = 32  # enough for a stable mean; the figure is about shares
-
-Scores = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Facts:
         bits: how 16-bit files were read, see `wara.images.ImageSpec`.
         greys: how DICOM files were read.
         method: name of the method.
-        seed: of the run and of the bootstrap.
+        seed: of the run.
         counts: trained and frozen parameters, see `count_parameters`.
         banners: what a reader must not miss.
         plan: lines of the plan.
@@ -57,65 +55,6 @@ class Facts:
     counts: Mapping[str, int]
     banners: Sequence[str]
     plan: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Split:
-    """One evaluated split.
-
-    Args:
-        found: predictions.
-        files: name of each image.
-        patients: who each image shows; None where not known.
-        scores: metrics with intervals.
-    """
-
-    found: Predictions
-    files: list[str]
-    patients: list[str | None]
-    scores: Scores
-
-
-def evaluate_split(
-    model: nn.Module,
-    batches: Iterable[dict[str, Any]],
-    records: Sequence[Any],
-    facts: Facts,
-    *,
-    name: str,
-    bootstrap: int,
-    pause: Callable[[], None] = lambda: None,
-) -> Split:
-    """Predict the images of a split and score them.
-
-    Args:
-        model: in the state to judge.
-        batches: of the split, see `wara.data.eval_batches`.
-        records: all of the data set, with `file` and `patient`.
-        facts: of the run.
-        name: `val` or `test`.
-        bootstrap: resamples behind the intervals.
-        pause: called before each batch; may raise, to stop.
-    """
-    count = len(facts.classes)
-    found = predict(model, batches, task=facts.task, classes=count, pause=pause)
-    files = [records[i].file for i in found.index]
-    patients = [records[i].patient for i in found.index]
-    if not files:
-        reason = f"there are no {name} images"
-        nothing = {"value": None, "low": None, "high": None, "n": 0, "reason": reason}
-        scores = {metric: dict(nothing) for metric in metric_names(facts.task, facts.classes)}
-        return Split(found, files, patients, scores)
-    scores = evaluate(
-        found.labels,
-        found.probs,
-        task=facts.task,
-        classes=facts.classes,
-        patients=None if set(patients) == {None} else patients,
-        bootstrap=bootstrap,
-        seed=facts.seed,
-    )
-    return Split(found, files, patients, scores)
 
 
 def write_results(
