@@ -24,6 +24,7 @@ import numpy as np
 
 from wara.adapters import METHODS
 from wara.config import load_config
+from wara.images import processors
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("auc_macro", "balanced_accuracy", "ece")
@@ -38,7 +39,7 @@ def train(method: str, seed: int, args: argparse.Namespace) -> Path | None:
     ]  # fmt: skip
     if folder.exists():
         command.append("--resume")
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, processors() // args.jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

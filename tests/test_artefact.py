@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from torch import nn
 import wara
 from wara.adapters import adapter_state_dict, read_adapter
 from wara.errors import WaraError
-from wara.storage import TEMP_SUFFIX
 
 CLASSES = ["none", "mild", "severe"]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -218,17 +216,18 @@ from wara.errors import WaraError
 folder = Path(sys.argv[2])
 model = vit()
 intact = (folder / "adapter_config.json").read_bytes()
-try: wara.load_adapter(vit(), folder.parent)
-except WaraError: pass
+try: import peft  # as the first of its methods would; that is no part of a refusal
+except ImportError: pass
 for name, change in HOSTILE.items():
     (folder / "adapter_config.json").write_bytes(intact)
     reseal(folder, change)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    kind = "loaded"
     try: wara.load_adapter(model, folder)
-    except WaraError: pass
+    except WaraError as error: kind = error.kind
     spent = time.process_time() - start
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{name}|{spent:.2f}|{taken:.0f}")
+    print(f"{name}|{kind}|{spent:.2f}|{taken:.0f}")
 """
 
 
@@ -240,43 +239,9 @@ def test_a_refusal_takes_little(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} == set(HOSTILE)
-    for name, seconds, megabytes in rows:
-        # The first of PEFT's methods imports PEFT, which is not part of the refusal.
-        limit = 30 if name in ("random matrices", "a million rows") else 5
-        assert float(seconds) < limit and float(megabytes) < 500, (name, seconds, megabytes)
-
-
-def test_both_files_are_replaced_in_one_step(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A kill at any call of the file system leaves the old adapter or the new one, whole."""
-    (folder / "note.txt").write_text("the user's own")
-    old = read_adapter(folder).tensors_sha256
-    model = wara.adapt(vit(), wara.WaRA(rank=3))
-    seen = set()
-    for call in ("fsync", "rename", "replace"):
-        original = getattr(os, call)
-
-        def killed(*args: Any, **options: Any) -> Any:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, killed)
-            try:
-                wara.save_adapter(model, folder)
-            except KeyboardInterrupt:
-                seen.add(call)
-        assert getattr(os, call) is original
-        assert read_adapter(folder).tensors_sha256 in (
-            old,
-            *([] if call == "fsync" else [read_adapter(folder).tensors_sha256]),
-        )
-        wara.load_adapter(vit(), folder)
-        assert (folder / "note.txt").read_text() == "the user's own"
-        assert not [p for p in tmp_path.rglob("*") if p.name.endswith(TEMP_SUFFIX)]
-    assert "fsync" in seen
-    wara.save_adapter(model, folder)
-    assert read_adapter(folder).options["rank"] == 3
+    for name, kind, seconds, megabytes in rows:
+        assert kind == "artefact", name
+        assert float(seconds) < 5 and float(megabytes) < 500, (name, seconds, megabytes)
 
 
 def test_an_adapter_of_a_compiled_model_loads(tmp_path: Path) -> None:

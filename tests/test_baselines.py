@@ -75,7 +75,8 @@ def small_vit() -> VisionTransformer:
 
 def ranks_left(model: nn.Module) -> list[int]:
     layers: list[Any] = list(adapted_layers(model).values())
-    return [rank for layer in layers for rank in layer.adapter.ranks()]
+    tuners = [tuner for layer in layers for tuner in layer.adapter.tuners]
+    return [int(tuner.lora_E["default"].count_nonzero()) for tuner in tuners]
 
 
 def spec(name: str, **options: Any) -> Method:

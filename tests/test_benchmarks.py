@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from training_helpers import environment, make_images, make_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import learning_rates
@@ -81,6 +84,35 @@ def test_the_learning_rates_are_those_that_were_best() -> None:
             continue
         assert next(iter(METHODS[name].rates.values())) == best
         assert re.search(rf"\| `{name}` \| {best:g} \| [^|]* \| {shown} \|", text), name
+
+
+def test_a_grid_of_rates_is_fitted_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [
+        sys.executable, str(ROOT / "benchmarks/learning_rates.py"),
+        "--data", str(make_images(tmp_path / "data")), "--backbone", "test_vit", "--size", "32",
+        "--weights", str(make_weights(tmp_path / "weights.safetensors")), "--out", str(out),
+        "--train", "20", "--epochs", "2", "--seeds", "0", "--methods", "wara", "linear_probe",
+        "--rates", "0.001",
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment())
+        assert done.returncode == 0, done.stderr
+    assert not done.stdout  # every row was there already
+    rows = json.loads(out.read_text())
+    assert [(row["method"], row["n_train"], row["n_val"]) for row in rows] == [
+        ("wara", 20, 30), ("linear_probe", 20, 30)
+    ]  # fmt: skip
+    assert all(0 <= row["auc_macro"] <= 1 and row["train_loss"] > 0 for row in rows)
+
+
+def test_the_rate_in_question_is_that_of_what_trains() -> None:
+    args = SimpleNamespace(epochs=8, batch=32, bf16=False)
+    rates = {name: learning_rates.recipe(name, 0.5, 0, args).rates for name in METHODS}
+    assert rates["lora"] == {"adapter": 0.5, "head": 2e-3}
+    assert rates["wara"] == {"adapter": 0.5, "core": 5e-2, "head": 2e-3}
+    assert rates["tiny_wara"] == {"core": 0.5, "head": 2e-3}
+    assert rates["linear_probe"] == {"head": 2e-3}
 
 
 def test_the_table_of_methods_shows_runs_as_they_are() -> None:

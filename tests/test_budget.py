@@ -218,3 +218,48 @@ def test_the_table_of_methods_is_complete() -> None:
     for name, method in METHODS.items():
         options = {field.name for field in fields(method)} - {"targets", "blocks", "budget"}
         assert set(re.findall(r"`(\w+)`", table[name][2])) == options, name
+
+
+@each
+def test_a_budget_beyond_an_option_is_refused_and_the_largest_named(name: str) -> None:
+    """Unless the method is full before: then it takes what it can have."""
+    model: Any = nn.Sequential(nn.Linear(64, 64))
+    model.patch_embed = nn.Module()
+    model.patch_embed.grid_size, model.num_prefix_tokens = (4, 4), 1
+    method = METHODS[name](targets=("[0]",))
+    if name in ("waveft", "shira", "fourierft", "tiny_wara", "lokr"):
+        fitted, wanted, got = fit(method, model, 10**9)
+        assert got < wanted and got == fit(method, model, 2 * 10**9)[2]
+        return
+    with pytest.raises(WaraError, match=f"'{name}' has at most") as caught:
+        fit(method, model, 10**9)
+    assert (caught.value.exit_code, caught.value.where) == (2, "adapter.budget")
+    most = caught.value.remedy.split()[1]
+    fitted, wanted, got = fit(method, model, most)
+    assert got == pytest.approx(wanted, rel=0.1)
+
+
+def test_the_largest_rank_is_reached() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    fitted: Any = fit(wara.LoRA(targets=("*",)), model, "lora_r4096")[0]
+    assert fitted.rank == 4096
+    with pytest.raises(WaraError, match="at most 20,480; adapter.budget; set 4096") as caught:
+        fit(wara.LoRA(targets=("*",)), model, "lora_r5000")
+    assert "budget lora_r5000 is 25,000 parameters" in caught.value.what
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_a_size_and_a_budget_are_refused_together(name: str) -> None:
+    own = {field.name for field in fields(METHODS[name])}
+    for key in {"rank", *METHODS[name].knob} & own:
+        faults = option_faults({"method": name, key: 6, "budget": "lora_r4"})
+        assert [fault.what for fault in faults] == [f"{key} and budget are both set"]
+        assert option_faults({"method": name, key: None, "budget": "lora_r4"}) == []
+
+
+@pytest.mark.parametrize("name", [n for n in SIZED if n not in ("waveft", "shira")])
+def test_a_size_that_is_null_is_refused(name: str) -> None:
+    key = "rank" if name != "fourierft" else "n_frequency"
+    (fault,) = option_faults({"method": name, key: None})
+    assert fault.what == f"{key} should be a whole number, not null"
+    assert fault.where == f"adapter.{key}" and fault.remedy

@@ -110,7 +110,7 @@ def test_every_fault_is_told_at_once_with_place_and_remedy(write):
         r"unknown key 'backbone\.nam'; .*line 7; did you mean 'backbone\.name'\?",
         r"data should be a section with keys of its own, not 3; .*line 8",
         r"compile should be true or false, not 1; .*line 9",
-        r"warmup_epochs should be a finite number, not NaN; .*line 10",
+        r"warmup_epochs should be a finite number, not \.nan; .*line 10",
         r"patience should be at least 1, not 0; --set patience=0",
         r'wandb should be one of offline, online, off, not "of"; --set wandb=of; did you mean',
     ]
@@ -265,3 +265,27 @@ def test_four_modalities_and_four_methods_are_shipped():
         for method in ("wara", "tiny_wara", "lora", "linear_probe")
     }
     assert wanted | {"fundus_full"} <= set(list_configs())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr=.nan", "not .nan"),
+        ("lr=-.inf", "not -.inf"),
+        ("seed=99999999999", "below 4294967296, not 99999999999"),
+        ("backbone.mean=[1]", "backbone.mean has too few entries"),
+        ("backbone.options={a: {b: 1}}", "backbone.options.a should be"),
+        ("adapter.targets=[null]", "targets must be a list of names"),
+        ("adapter={method: waveft, k: [0]}", "k is [0]"),
+        ("adapter.method=:Own", "not of the form package.module:Class"),
+        ("adapter.method=.own:Own", "not of the form package.module:Class"),
+        ("adapter.method=wara:Own", "there is no 'Own' in wara"),
+        ("adapter.method=[wara]", "the method is not named by a text"),
+    ],
+)
+def test_faults_are_told_in_the_words_of_yaml(write, text, words):
+    with pytest.raises(WaraError) as caught:
+        load_config(write(""), [text])
+    (line,) = str(caught.value).splitlines()
+    assert words in line and f"--set {text}" in line
+    assert not re.search(r"\bNone\b|\(0,\)|NaN|attribute|e\+09", line)

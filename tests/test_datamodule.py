@@ -102,12 +102,12 @@ def test_an_epoch_is_a_permutation_from_seed_and_epoch():
     first = indices(loader)
     assert sorted(first) == list(range(15)) and first == epoch_order(15, 7, 0).tolist()
     assert [len(b["index"]) for b in loader] == [4, 4, 4, 3]  # the rest is not dropped
-    data.set_epoch(1)
+    loader.sampler.set_epoch(1)
     second = indices(loader)
     assert sorted(second) == list(range(15)) and second != first
     # Straight to epoch 1, as after an interruption.
     again = module()
-    again.set_epoch(1)
+    again.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=1)
     assert indices(again.train_dataloader()) == second
     assert indices(module(seed=8).train_dataloader()) != first
 
@@ -117,7 +117,7 @@ def test_augmentation_follows_from_seed_epoch_and_index():
     loader = data.train_dataloader()
     pixels = {}
     for epoch in (0, 1):
-        data.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)
         for batch in loader:
             for image, index in zip(batch["image"], batch["index"].tolist(), strict=True):
                 array = resize(data.image_set.read(index), (16, 20), "bilinear")
@@ -135,8 +135,8 @@ def test_workers_change_nothing(workers):
     alone, helped = module(), module(workers=workers)
     one, many = alone.train_dataloader(), helped.train_dataloader()
     for epoch in (0, 1, 2):
-        alone.set_epoch(epoch)
-        helped.set_epoch(epoch)
+        one.sampler.set_epoch(epoch)
+        many.sampler.set_epoch(epoch)
         for left, right in zip(one, many, strict=True):
             assert torch.equal(left["index"], right["index"])
             assert torch.equal(left["image"], right["image"])

@@ -22,8 +22,11 @@ from training_helpers import make_images, make_weights
 
 import wara
 from wara import cli
+from wara.adapters import METHODS
+from wara.adapters.sparse import GAUSSIAN
 from wara.cards import load_card
 from wara.config import RunConfig, load_config
+from wara.data.imageset import DEPTHS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "datasets" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -248,3 +251,36 @@ def test_what_is_no_method_is_refused_in_one_line(
     assert cli.main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line and f"--set adapter.method={method}" in line
+
+
+def number(page: str, pattern: str) -> float:
+    """The one number that a page states in these words, whatever lines they are broken into."""
+    text = " ".join((ROOT / page).read_text().split())
+    (found,) = re.findall(pattern, text)
+    return float(found)
+
+
+def test_defaults_and_rates_in_words_are_those_of_the_code() -> None:
+    wara_, lora, tiny = wara.WaRA(), wara.LoRA(), wara.TinyWaRA()
+    page = "docs/wara.md"
+    words = f"So the defaults are `core: {wara_.core}`, `level: {wara_.level}` and `prefix: "
+    assert f"{words}{wara_.prefix}`. `lr_core: null`" in (ROOT / page).read_text()
+    assert RunConfig().lr_core is None and tiny.prefix == wara_.prefix
+    core, factors = wara_.rates["core"], number(page, r"of the factors, which is ([\d.]+) here")
+    assert number(page, r"own rate of the cores, (\S+):") == core
+    assert number(page, r"5e-2: (\d+) times the factors' rate") == core / factors
+    assert number(page, r"Its `lr` is (\S+), as LoRA's") == wara_.rates["adapter"]
+    assert wara_.rates["adapter"] == lora.rates["adapter"]
+    page = "docs/methods.md"
+    assert number(page, r"paper takes (\d+) for WaveFT and SHiRA. So does") == wara.WaveFT().scale
+    assert number(page, r"`shira` has (\d+), as in PEFT") == wara.SHiRA().scale
+    assert number(page, r"a rate (\d+) times as high, which") == pytest.approx(
+        wara.SHiRA().rates["adapter"] / wara.WaveFT().rates["adapter"]
+    )
+    assert number(page, r"the deviation, which is ([\d.]+) here") == GAUSSIAN
+    heads = {method.rates["head"] for method in METHODS.values()}
+    assert heads == {number(page, r"no augmentation, the head at (\S+), macro")}
+    bits = r"`bits` \(([\d, ]+) or (\d+);"
+    text = " ".join((ROOT / "docs/images.md").read_text().split())
+    (found,) = re.findall(bits, text)
+    assert tuple(int(n) for n in ", ".join(found).split(",")) == DEPTHS

@@ -277,3 +277,33 @@ def test_tensors_of_something_else(saved):
 
     edit_tensors(saved, change)
     refuses_import(saved, "out.bias, which is no part of the classifier")
+
+
+@pytest.mark.parametrize("part", ["whole", "block"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        wara.LoRA(rank=2, targets=("qkv", "o")),
+        wara.WaveFT(k=20, targets=("qkv", "o")),
+        wara.SHiRA(k=30),
+    ],
+)
+def test_compiled_models_exchange_like_plain_ones(method, part, tmp_path):
+    def compiled(model):
+        torch._dynamo.reset()
+        if part == "whole":
+            return torch.compile(model, backend="eager")
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+        return model
+
+    ours = shake(wara.adapt(vit(), method))
+    expected = ours(IMAGE)
+    wara.export_peft(compiled(ours), tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("_orig_mod" in name for name in names)
+    torch.testing.assert_close(wara.import_peft(vit(), tmp_path).eval()(IMAGE), expected)
+    base = compiled(vit())
+    back = wara.import_peft(base, tmp_path)
+    assert back is base
+    torch.testing.assert_close(back.eval()(IMAGE), expected)
+    assert not adapted_layers(wara.unload(back))

@@ -357,7 +357,7 @@ def test_large_sets_are_not_kept(tmp_path, monkeypatch):
     images = file_set(paths)
     spec = ImageSpec((16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear")
     assert not images.keep(spec)
-    images.fill(spec)
+    images.fill(spec, range(len(images)))
     expected = resize(read_image(paths[3]), (16, 16), "bilinear")
     np.testing.assert_array_equal(images.array(3, spec), expected)
 
@@ -390,13 +390,28 @@ def test_rare_findings_are_weighted_as_by_torch():
 
     from wara.training.losses import loss_per_image, loss_weights
 
-    weights, text = loss_weights("auto", "multilabel", (40, 10, 1, 0), 400)
-    assert weights.tolist() == [9, 39, 100, 1]  # 399 is capped
-    assert text == ", positives weighted 1 to 100"
+    names = {"classes": "abcd", "most": 100.0}
+    weights, text = loss_weights("auto", "multilabel", (40, 10, 1, 0), 400, **names)
+    assert weights.tolist() == [9, 39, 100, 1] and weights.dtype == torch.float32
+    heavy = "few images weigh much: b 39, c 399 cut to 100 by max_class_weight"
+    assert text == f", positives weighted 1 to 100, {heavy}"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 4, generator=generator)
     y = (torch.rand(6, 4, generator=generator) < 0.5).float()
     wanted = torch.nn.BCEWithLogitsLoss(pos_weight=weights)(x, y)
     torch.testing.assert_close(loss_per_image(x, y, loss="bce", weights=weights).mean(), wanted)
-    assert loss_weights("bce", "multilabel", (1, 10), 400) == (None, "")
-    assert loss_weights("auto", "multilabel", (25, 50), 100) == (None, "")  # 3 : 1
+    assert loss_weights("bce", "multilabel", (1, 10), 400, **names) == (None, "")
+    assert loss_weights("auto", "multilabel", (25, 50), 100, **names) == (None, "")  # 3 : 1
+
+
+@pytest.mark.parametrize(("most", "heaviest"), [(None, 130.0), (100.0, 100.0), (5.0, 5.0)])
+def test_class_weights_end_where_the_config_says(most, heaviest):
+    from wara.training.losses import loss_weights
+
+    weights, text = loss_weights(
+        "weighted_ce", "binary", (259, 1), 260, classes=["no", "yes"], most=most
+    )
+    assert weights.max() == heaviest and f" to {heaviest:g}, few images weigh much: yes 130" in text
+    assert ("by max_class_weight" in text) == (most is not None)
+    light = loss_weights("weighted_ce", "binary", (30, 10), 40, classes=["no", "yes"], most=100)[1]
+    assert light == ", class weights 0.67 to 2"

@@ -25,8 +25,17 @@ from pydicom.uid import (
 )
 
 from wara import images
+from wara.data.imageset import common_bits
 from wara.errors import WaraError
-from wara.images import Depth, ImageSpec, common_bits, load_tensor, read_image, resize, to_tensor
+from wara.images import (
+    Depth,
+    ImageSpec,
+    load_tensor,
+    processors,
+    read_image,
+    resize,
+    to_tensor,
+)
 
 
 def encode(image: Image.Image, fmt: str, **options) -> bytes:
@@ -528,3 +537,13 @@ def test_damaged_bytes_never_raise_anything_else():
             assert error.kind == "data"
             outcomes.add("refused")
     assert outcomes == {"read", "refused"}
+
+
+def test_processors_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(images.os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    monkeypatch.setattr(images.os, "cpu_count", lambda: 64)
+    assert processors() == 3
+    monkeypatch.delattr(images.os, "sched_getaffinity")
+    assert processors() == 64
+    monkeypatch.setattr(images.os, "cpu_count", lambda: None)
+    assert processors() == 1

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from wara import storage as files
-from wara.data.imageset import processors as cores
 from wara.errors import WaraError
 from wara.evaluation.predict import Predictions
 from wara.runs import tables
@@ -108,7 +107,7 @@ def test_a_kill_while_clearing_leaves_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = _as_run(tmp_path / "run")
-    for name in ("a_note_of_the_user", "report.md", "zzz"):
+    for name in ("metrics.csv", "report.md", "train.log"):
         (folder.path / name).write_text("")
     gone = []
     unlink = Path.unlink
@@ -151,15 +150,42 @@ def test_both_flags_and_a_file_are_refused(tmp_path: Path) -> None:
 def test_overwrite_clears_and_keeps_the_lock(tmp_path: Path) -> None:
     folder = _as_run(tmp_path / "run")
     (folder.path / "plots").mkdir()
-    (folder.path / "plots" / "old.png").write_text("")
+    (folder.path / "plots" / "roc.png").write_text("")
+    (folder.path / "wandb" / "offline-run-1").mkdir(parents=True)
     outside = tmp_path / "outside"
     outside.mkdir()
-    (outside / "data").write_text("kept")
-    (folder.path / "link").symlink_to(outside)
+    (outside / "best.ckpt").write_text("kept")
+    (folder.path / "checkpoints").symlink_to(outside)
     folder.open(overwrite=True)
     assert [entry.name for entry in folder.path.iterdir()] == [".lock"]
-    assert (outside / "data").read_text() == "kept"
+    assert (outside / "best.ckpt").read_text() == "kept"
     folder.close()
+
+
+@pytest.mark.parametrize("clear", ["overwrite", "discard"])
+def test_what_no_run_writes_is_never_deleted(tmp_path: Path, clear: str) -> None:
+    folder = _as_run(tmp_path / "run")
+    mine = [
+        "thesis.tex",
+        "plots/for_the_paper.png",
+        "adapter/README",
+        "data/image.png",
+        "plots/x/y",
+    ]
+    theirs = ["report.md", "plots/roc.png", "adapter/adapter_config.json", "checkpoints/last.ckpt"]
+    for name in (*mine, *theirs):
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / name).write_text(name)
+    folder.check(resume=False, overwrite=True)
+    folder.open(overwrite=clear == "overwrite")
+    if clear == "discard":
+        folder.discard()
+    else:
+        folder.close()
+    left = [p for p in folder.path.rglob("*") if p.is_file()]
+    assert {str(p.relative_to(folder.path)) for p in left} == set(mine)
+    assert all(p.read_text() == str(p.relative_to(folder.path)) for p in left)
+    assert not (folder.path / "checkpoints").exists()
 
 
 def test_a_folder_in_use_is_busy(tmp_path: Path, holder) -> None:
@@ -240,53 +266,88 @@ def test_a_folder_that_cannot_be_made_is_exit_5(tmp_path: Path) -> None:
     assert caught.value.exit_code == 5
 
 
-def test_tables_follow_the_contract(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    row = tables.SplitRow("a,b.png", 0, None, "train", "f" * 64)
-    tables.write_splits(folder.splits, [row], synthetic=True)
-    assert tables.read_splits(folder.splits) == [row]
-    rows = list(csv.DictReader(folder.splits.open()))
-    assert rows == [
-        {"file": "a,b.png", "label": "0", "patient": "", "split": "train", "sha256": "f" * 64,
-         "synthetic": "true"}
-    ]  # fmt: skip
-    probs = np.array([[0.1, 0.9], [1 / 3, 2 / 3]])
+CLASSES = ["no", "yes, surely"]
+
+
+def _two(task: str = "binary") -> Predictions:
     logits = np.array([[-1.5, 2.25], [0.1, 0.7]], dtype=np.float32)
-    found = Predictions(np.arange(2), np.array([1, 0]), logits, probs, np.array([1, 1]))
-    classes = ["no", "yes, surely"]
+    labels = np.array([[1, 1], [0, 0]] if task == "multilabel" else [1, 0])
+    return Predictions.of(np.arange(2), labels, logits, task)
+
+
+def _written(path: Path, task: str = "binary") -> Path:
     tables.write_predictions(
-        folder.predictions("test"), found,
-        files=["x", "y"], patients=["p", None], classes=classes, synthetic=True,
-    )  # fmt: skip
-    back = tables.read_predictions(folder.predictions("test"))
-    assert (back.files, back.patients, back.classes) == (["x", "y"], ["p", None], classes)
+        path, _two(task), files=["x", "y"], patients=["p", None], classes=CLASSES, synthetic=True
+    )
+    return path
+
+
+def test_splits_follow_the_contract(tmp_path: Path) -> None:
+    path = tmp_path / "splits.csv"
+    row = tables.SplitRow("a,b.png", 0, None, "train", "f" * 64)
+    tables.write_splits(path, [row], classes=CLASSES, synthetic=True)
+    assert tables.read_splits(path, classes=CLASSES, task="binary") == [row]
+    assert list(csv.DictReader(path.open())) == [
+        {"file": "a,b.png", "label": "no", "label_index": "0", "patient": "", "split": "train",
+         "sha256": "f" * 64, "synthetic": "true"}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_predictions_follow_the_contract(tmp_path: Path, task: str) -> None:
+    path, found = _written(tmp_path / "predictions_test.csv", task), _two(task)
+    back = tables.read_predictions(path, classes=CLASSES, task=task)
+    assert (back.files, back.patients, back.classes) == (["x", "y"], ["p", None], CLASSES)
     for name in vars(found):
         assert np.array_equal(getattr(back.predictions, name), getattr(found, name)), name
-    with folder.predictions("test").open() as handle:
-        table = list(csv.reader(handle))
-    assert table[0] == [
-        "file", "patient", "label", "pred", "prob_no", "prob_yes, surely",
-        "logit_no", "logit_yes, surely", "synthetic",
+    with path.open() as handle:
+        head, *rows = csv.reader(handle)
+    assert head == [
+        "file", "patient", "label", "label_index", "pred", "pred_index", "prob_no",
+        "prob_yes, surely", "logit_no", "logit_yes, surely", "synthetic",
     ]  # fmt: skip
-    assert table[2][:4] == ["y", "", "0", "1"]
-    assert np.array_equal(np.array([row[4:6] for row in table[1:]], dtype=float), probs)
-    assert np.array_equal(np.array([row[6:8] for row in table[1:]], dtype=np.float32), logits)
+    several = ["x", "p", "no|yes, surely", "0|1", "yes, surely", "1"]
+    one = ["x", "p", "yes, surely", "1", "yes, surely", "1"]
+    assert rows[0][:6] == (several if task == "multilabel" else one)
+    assert rows[1][2:4] == (["", ""] if task == "multilabel" else ["no", "0"])
+    assert np.array_equal(np.array([row[6:8] for row in rows], dtype=float), found.probs)
+
+
+def test_curves_follow_the_contract(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
     history = [{"epoch": 1, "val_auc_macro": None}, {"epoch": 2, "val_auc_macro": 0.5}]
-    tables.write_curves(folder.curves, history, synthetic=True)
-    assert [r["val_auc_macro"] for r in csv.DictReader(folder.curves.open())] == ["", "0.5"]
-    assert tables.read_curves(folder.curves) == history
+    tables.write_curves(path, history, synthetic=True)
+    assert [r["val_auc_macro"] for r in csv.DictReader(path.open())] == ["", "0.5"]
+    assert tables.read_curves(path) == history
 
 
-@pytest.mark.parametrize("text", ["", "file,label\n1,2\n", "file,label,patient,pred\nx,a,p,0\n",
-                                  "file,label,patient,pred\nx,1\n", "\xff"])  # fmt: skip
-def test_a_table_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "predictions_val.csv"
-    path.write_bytes(text.encode("latin-1"))
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("label_index", "index", "no column label_index"),
+        ("patient", "file", "a column stands twice"),
+        ("x,p", "x", "rows of different length"),
+        ("pred_index,", "pred_index,more,", "rows of different length"),
+        (',"yes, surely",1,', ',"yes, surely",7,', "row 1; "),
+        (',"yes, surely",1,', ',"yes, surely",,', "label_index is ''"),
+        (",no,0,", ",no,0|1,", "row 2; "),
+        (",no,0,", ",no,zero,", "label_index is 'zero'"),
+        (",no,0,", ",yes,0,", "label is 'yes', which is not the class of its number 0"),
+        ("2.25", "two", "'two', which is not a finite number"),
+        ("2.25", "nan", "'nan', which is not a finite number"),
+        ("x,p", "\udcff,p", "not UTF-8"),
+    ],
+)
+def test_a_damaged_table_is_refused_by_name(tmp_path: Path, old: str, new: str, words: str) -> None:
+    path = _written(tmp_path / "predictions_val.csv")
+    text = path.read_text()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1).encode(errors="surrogateescape"))
     with pytest.raises(WaraError) as caught:
-        tables.read_predictions(path)
-    assert caught.value.exit_code == 4
-    with pytest.raises(WaraError):
-        tables.read_predictions(tmp_path / "nowhere.csv")
+        tables.read_predictions(path, classes=CLASSES, task="binary")
+    error = caught.value
+    assert error.exit_code == 4 and str(path) in error.where and error.remedy
+    assert words in str(error)
 
 
 def test_predictions_of_no_image_read_back(tmp_path: Path) -> None:
@@ -295,13 +356,10 @@ def test_predictions_of_no_image_read_back(tmp_path: Path) -> None:
     tables.write_predictions(
         path, nothing, files=[], patients=[], classes=["a", "b"], synthetic=False
     )
-    back = tables.read_predictions(path)
+    back = tables.read_predictions(path, classes=["a", "b"], task="binary")
     assert back.classes == ["a", "b"] and back.predictions.probs.shape == (0, 2)
-
-
-def test_multilabel_cells() -> None:
-    assert tables.label_text(np.array([1, 0, 1])) == "1 0 1"
-    assert tables.label_text(np.int64(3)) == "3"
+    with pytest.raises(WaraError, match="No such file"):
+        tables.read_predictions(tmp_path / "nowhere.csv", classes=["a"], task="binary")
 
 
 def test_data_hash_sees_every_cell() -> None:
@@ -322,7 +380,6 @@ def test_provenance_is_json() -> None:
     )  # fmt: skip
     assert json.loads(json.dumps(record)) == record
     assert record["versions"]["torch"] and record["torch"]["threads"] >= 1
-    assert cores() >= 1
 
 
 # -- signals ----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,11 @@ from wara.data.balance import SplitTable
 from wara.errors import WaraError
 from wara.evaluation.calibration import to_probs
 from wara.evaluation.predict import predict
+from wara.evaluation.split import evaluate_split
 from wara.images import load_tensor
 from wara.net import reachable
 from wara.runs.progress import Progress
 from wara.runs.report import cell, result_table
-from wara.runs.results import evaluate_split
 from wara.training.checkpoint import load_checkpoint
 from wara.training.console import Console
 from wara.training.loggers import public_config
@@ -358,6 +357,9 @@ def test_metrics_and_tables_agree(folder: Path) -> None:
     with (path / "predictions_test.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     right = np.mean([row["label"] == row["pred"] for row in rows])
+    assert {row["label"] for row in rows} | {row["pred"] for row in rows} <= set(CLASSES)
+    for column in ("label", "pred"):
+        assert all(CLASSES[int(row[f"{column}_index"])] == row[column] for row in rows)
     assert metrics["test"]["accuracy"]["value"] == pytest.approx(right)
     assert metrics["test"]["accuracy"]["n"] == len(rows)
     with (path / "splits.csv").open() as handle:
@@ -409,7 +411,7 @@ def test_the_resolved_config_and_the_record(folder: Path) -> None:
     log = (path / "train.log").read_text()
     assert "epoch 1/2" in log and "auc_macro" in log
     text = (path / "report.md").read_text()
-    assert "plots/roc.png" in text and "| `auc_macro` |" in text and "wara.load_adapter" in text
+    assert "plots/roc.png" in text and "| `auc_macro` |" in text and "wara.load_run" in text
 
 
 @pytest.mark.parametrize(
@@ -589,8 +591,10 @@ def test_multilabel(tmp_path: Path, folder: Path) -> None:
 
 
 def test_no_test_images_are_said() -> None:
-    facts: Any = SimpleNamespace(task="multiclass", classes=CLASSES, seed=0)
-    empty = evaluate_split(torch.nn.Linear(1, 1), [], [], facts, name="test", bootstrap=9)
+    empty = evaluate_split(
+        torch.nn.Linear(1, 1), [], [],
+        task="multiclass", classes=CLASSES, name="test", bootstrap=9, seed=0,
+    )  # fmt: skip
     scores = empty.scores
     assert scores["auc_macro"]["value"] is None and "no test images" in str(scores["auc_macro"])
 

@@ -193,7 +193,17 @@ def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
     )
 
 
+def _look_here() -> None:
+    """Let a method of the user's own be found in the folder they are in, however wara was started.
+
+    Last, so that no file that lies there takes the place of a package.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def _train(arguments: argparse.Namespace) -> None:
+    _look_here()
     overrides = list(arguments.overrides)
     if arguments.out is not None:
         overrides.append(f"out={json.dumps(arguments.out)}")

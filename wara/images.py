@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,8 +38,6 @@ BYTE_CAP = 1 << 30
 
 FORMATS = ("PNG", "JPEG", "TIFF")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
-DEPTHS = (8, 10, 12, 14, 16)
-"""Bits that the greys of a detector may have."""
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -266,19 +265,13 @@ def read_bytes(path: str | Path) -> bytes:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
             raise WaraError("data", "not a regular file", str(path), "give the file itself")
-        size = status.st_size
-        if size > BYTE_CAP:
-            raise WaraError(
-                "data",
-                f"file of {size / 2**20:.0f} MiB; the limit is {BYTE_CAP / 2**20:.0f}",
-                str(path),
-                "export the image at a smaller size",
-            )
+        if status.st_size > BYTE_CAP:
+            what = f"file of {status.st_size / 2**20:.0f} MiB; the limit is {BYTE_CAP / 2**20:.0f}"
+            raise WaraError("data", what, str(path), "export the image at a smaller size")
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise WaraError(
-            "data", "no such file", str(path), "correct the name or copy the file there"
-        ) from None
+        remedy = "correct the name or copy the file there"
+        raise WaraError("data", "no such file", str(path), remedy) from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise WaraError("data", f"cannot read: {reason}", str(path), "check the file") from error
@@ -331,6 +324,13 @@ def to_tensor(array: np.ndarray, spec: ImageSpec) -> Tensor:
     import torch  # the rest of this file serves where torch is not installed
 
     return torch.from_numpy(normalise(array, spec))
+
+
+def processors() -> int:
+    """Number of processors this process may use, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # --- PNG, JPEG, TIFF --------------------------------------------------------------------------
@@ -449,22 +449,3 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         (length,) = struct.unpack_from(">I", data, place)
         yield data[place + 4 : place + 8], data[place + 8 : place + 8 + length]
         place += 12 + length
-
-
-def common_bits(depths: Iterable[Depth]) -> int | None:
-    """Return the bits of a data set: what its 16-bit files state, else what holds them all.
-
-    Args:
-        depths: of all 16-bit PNG and TIFF files of the set.
-
-    Returns:
-        What files state, or one of `DEPTHS`; none when there are no such files.
-    """
-    found = list(depths)
-    if not found:
-        return None
-    brightest = max(depth.brightest for depth in found)
-    stated = max(depth.declared or 0 for depth in found)
-    if brightest < 1 << stated:
-        return stated
-    return next(bits for bits in DEPTHS if brightest < 1 << bits)

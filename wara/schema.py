@@ -7,6 +7,7 @@ gets the same sentence wherever it stands: the key, the place, the nearest valid
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -235,6 +236,9 @@ def _walk(
         elif isinstance(part, int) and any(get_origin(option) is list for option in options):
             keys = (*keys, str(part))
             here = next(get_args(o)[0] for o in options if get_origin(o) is list)
+        elif any(get_origin(option) is dict for option in options):
+            keys = (*keys, str(part))
+            here = next(get_args(o)[1] for o in options if get_origin(o) is dict)
         else:
             break
     return Place(keys, field, beside)
@@ -275,6 +279,8 @@ def _fault(
             remedy = suggest(leaf, place.beside) if place.beside else "remove it"
         return WaraError("config", what, where, remedy)
     context = first.get("ctx", {})
+    if kind == "missing" and isinstance(first["loc"][-1], int):
+        return WaraError("config", f"{dotted} has too few entries", where, remedy)
     if kind in ("missing", "missing_keyword_only_argument", "union_tag_not_found"):
         return WaraError("config", f"'{_dotted_tag(dotted, context)}' is missing", where, remedy)
     if kind == "fault":
@@ -339,10 +345,10 @@ def _wanted(detail: ErrorDetails) -> str:
         "model_type": section,
         "model_attributes_type": section,
         "dataclass_type": section,
-        "greater_than": f"above {limits.get('gt', 0):g}",
-        "greater_than_equal": f"at least {limits.get('ge', 0):g}",
-        "less_than": f"below {limits.get('lt', 0):g}",
-        "less_than_equal": f"at most {limits.get('le', 0):g}",
+        "greater_than": f"above {limits.get('gt', 0):.15g}",
+        "greater_than_equal": f"at least {limits.get('ge', 0):.15g}",
+        "less_than": f"below {limits.get('lt', 0):.15g}",
+        "less_than_equal": f"at most {limits.get('le', 0):.15g}",
     }
     return words.get(detail["type"], detail["msg"])
 
@@ -351,5 +357,7 @@ def _short(value: Any) -> str:
     # As YAML has it: null and true, not None and True.
     if isinstance(value, (dict, list)) and not value:
         return "empty"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value:g}".replace("nan", ".nan").replace("inf", ".inf")
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

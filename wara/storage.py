@@ -91,35 +91,41 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder; on success it takes the place of `path`, in one step where it can.
 
-    Entries of the old folder that the new one lacks are kept. A kill leaves the old folder
-    or the new one under the name; only where the system cannot exchange two names (not Linux) there
-    is a moment with neither.
+    Entries of the old folder that the new one lacks are kept, and so are its mode and a link that
+    leads to it. A kill leaves the old folder or the new one under the name. A folder that cannot
+    be moved (one that is mounted, that the process works in, whose parent may not be written)
+    stays, and gets the new files one by one, JSON with its checksums last; so it does where the
+    system cannot exchange two names (not Linux). A kill in between leaves a folder that is refused.
 
     Raises:
         WaraError: kind "storage", when the file system refuses.
     """
-    temp = temp_name(path)
+    target = Path(os.path.realpath(path))
+    temp: Path | None = None
     try:
+        fixed = target.is_dir() and _is_fixed(target)
+        temp = temp_name(target / "new" if fixed else target)
         _remove(temp)
         temp.mkdir(parents=True)
+        if target.exists():
+            shutil.copymode(target, temp)
         yield temp
-        for file in temp.iterdir():
+        files = sorted(temp.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
+        for file in files:
             with open(file, "rb+") as handle:
                 os.fsync(handle.fileno())
-        if not path.exists():
-            os.rename(temp, path)
-        else:
-            for entry in path.iterdir():
-                if not (temp / entry.name).exists():
-                    copy = shutil.copytree if entry.is_dir() else shutil.copy2
-                    copy(entry, temp / entry.name)
-            _exchange(temp, path)
-        sync_folder(path.parent)
+        if not target.exists():
+            os.rename(temp, target)
+        elif fixed or not _exchanged(temp, target):
+            for file in files:
+                os.replace(file, target / file.name)
+        sync_folder(target if fixed else target.parent)
     except OSError as error:
         raise storage_error(error, path) from error
     finally:
-        with contextlib.suppress(OSError):
-            _remove(temp)
+        if temp is not None:
+            with contextlib.suppress(OSError):
+                _remove(temp)
 
 
 @contextlib.contextmanager
@@ -151,19 +157,39 @@ def new_folder(path: Path) -> Iterator[Path]:
             _remove(temp)
 
 
-def _exchange(one: Path, two: Path) -> None:
-    """Give each of two entries the other's name."""
+def _is_fixed(folder: Path) -> bool:
+    """Whether a folder cannot give its name to another one, or should not."""
+    here = Path.cwd()
+    inside = folder == here or folder in here.parents
+    return inside or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)
+
+
+def _exchanged(fresh: Path, old: Path) -> bool:
+    """Give each of two folders the other's name, after what only the old one has went over."""
     import ctypes
 
-    with contextlib.suppress(AttributeError, OSError):
+    try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        if rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0:
-            return
-    aside = one.with_name(f"{one.name.removesuffix(TEMP_SUFFIX)}.old{TEMP_SUFFIX}")
-    os.rename(two, aside)
-    os.rename(one, two)
-    os.rename(aside, one)
+    except (AttributeError, OSError):
+        return False
+    names = {entry.name for entry in fresh.iterdir()}
+    for entry in old.iterdir():
+        if entry.name in names:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, fresh / entry.name)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(fresh), here, os.fsencode(old), exchange) == 0
+
+
+def _link(source: str | Path, copy: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has but one for each."""
+    try:
+        os.link(source, copy, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, copy, follow_symlinks=False)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -224,13 +250,19 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     Raises:
         WaraError: kind "artefact" when it is missing or not such a table.
     """
-    remedy = "give the folder of a finished run, as it was written"
+    remedy = "bring back the file as it was written"
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise WaraError("artefact", f"cannot read the table: {error}", str(path), remedy) from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, UnicodeDecodeError):
+            reason = "not UTF-8 text"
+        what = f"cannot read the table: {reason}"
+        raise WaraError("artefact", what, str(path), remedy) from error
+    if len(set(columns)) < len(columns):
+        raise WaraError("artefact", "a column stands twice", str(path), remedy)
     if any(None in row or None in row.values() for row in rows):
         raise WaraError("artefact", "rows of different length", str(path), remedy)
     return columns, rows

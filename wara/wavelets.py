@@ -6,7 +6,7 @@ low-rank factors act on channels; the two commute, so the transform can be appli
 per token in place of the layer's width. The way through one subband, `P_s = IDWT ∘ mask_s ∘ DWT`,
 is `[n, n]`, and `Σ_s P_s = I`.
 
-WaveFT (arXiv 2505.12532) transforms a weight matrix itself, by one level: `dwt2` and `idwt2`.
+WaveFT (arXiv 2505.12532) transforms a weight matrix itself, by one level: see `synthesis`.
 """
 
 from __future__ import annotations
@@ -254,15 +254,10 @@ class SubbandMixer(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def _filters(wavelet: str) -> tuple[Taps, Taps, Taps, Taps]:
-    """Return the taps `(dec_lo, dec_hi, rec_lo, rec_hi)`, each of even length `L`."""
-    dec_lo, dec_hi, rec_lo, rec_hi = check_wavelet(wavelet).filter_bank
-    return tuple(dec_lo), tuple(dec_hi), tuple(rec_lo), tuple(rec_hi)
-
-
 def synthesis_taps(wavelet: str) -> Bank:
     """Return the filters of reconstruction, low-pass and high-pass, each of even length `L`."""
-    return _filters(wavelet)[2:]
+    _, _, low, high = check_wavelet(wavelet).filter_bank
+    return tuple(low), tuple(high)
 
 
 def check_matrix(shape: tuple[int, int], wavelet: str, where: str = "adapter.wavelet") -> None:
@@ -276,7 +271,7 @@ def check_matrix(shape: tuple[int, int], wavelet: str, where: str = "adapter.wav
     Raises:
         WaraError: kind `config`.
     """
-    length = len(_filters(wavelet)[0])
+    length = len(synthesis_taps(wavelet)[0])
     if length > min(shape):
         what = f"wavelet {wavelet} has {length} taps, the matrix is {shape[0]}x{shape[1]}"
         remedy = "choose a wavelet no longer than the shorter side, such as haar"
@@ -349,52 +344,3 @@ def synthesis_adjoint(x: Tensor, bank: Bank, dim: int) -> Tensor:
         assert total is not None
         bands.append(total)
     return torch.cat(bands, dim)
-
-
-def _swap_details(quadrants: Tensor) -> Tensor:
-    """Exchange the quadrants off the diagonal, so that each axis has its filters to itself."""
-    top, bottom = quadrants.chunk(2, 0)
-    (ll, lh), (hl, hh) = top.chunk(2, 1), bottom.chunk(2, 1)
-    return torch.cat([torch.cat([ll, hl], 1), torch.cat([lh, hh], 1)], 0)
-
-
-def dwt2(matrix: Tensor, wavelet: str = "haar") -> Tensor:
-    """Transform a weight matrix by one level with zero extension.
-
-    Args:
-        matrix: `[o, d]`, floating point.
-        wavelet: name of a discrete wavelet.
-
-    Returns:
-        The coefficients `[[LL, LH], [HL, HH]]` as one matrix of `padded_side` of either side;
-        PyWavelets' `dwt2(…, mode="zero")` with `LH` its horizontal detail (high-pass across rows),
-        `HL` the vertical, `HH` the diagonal one.
-
-    Raises:
-        WaraError: kind `config` for an unknown wavelet, or one longer than a side.
-    """
-    check_matrix((matrix.shape[0], matrix.shape[1]), wavelet)
-    low_taps, high_taps, _, _ = _filters(wavelet)
-    # Analysis is the transpose of a synthesis with its own filters, turned round.
-    bank = low_taps[::-1], high_taps[::-1]
-    return _swap_details(synthesis_adjoint(synthesis_adjoint(matrix, bank, 0), bank, 1))
-
-
-def idwt2(quadrants: Tensor, wavelet: str = "haar", shape: tuple[int, int] | None = None) -> Tensor:
-    """Invert `dwt2`: `IDWT2` of WaveFT (arXiv 2505.12532).
-
-    Args:
-        quadrants: `[[LL, LH], [HL, HH]]`, both sides even.
-        wavelet: name of a discrete wavelet.
-        shape: `(o, d)` to crop to; none keeps what the coefficients give, which for an odd side is
-            one more than the side.
-
-    Returns:
-        `[o, d]`. Linear and differentiable.
-
-    Raises:
-        WaraError: kind `config` for an unknown wavelet.
-    """
-    bank = synthesis_taps(wavelet)
-    matrix = synthesis(synthesis(_swap_details(quadrants), bank, 0), bank, 1)
-    return matrix if shape is None else matrix[: shape[0], : shape[1]]

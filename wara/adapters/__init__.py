@@ -4,6 +4,7 @@ from wara.adapters.analysis import singular_values, subband_energy
 from wara.adapters.base import AdapterLayer, LinearAdapter, Method, options
 from wara.adapters.exchange import export_peft, import_peft
 from wara.adapters.files import AdapterFile, load_adapter, read_adapter, save_adapter
+from wara.adapters.fingerprint import base_hash
 from wara.adapters.inject import adapt, merge, unload
 from wara.adapters.lora import LoRA
 from wara.adapters.methods import (
@@ -18,7 +19,6 @@ from wara.adapters.sparse import SHiRA, WaveFT
 from wara.adapters.state import (
     adaptation_of,
     adapter_state_dict,
-    base_hash,
     count_parameters,
     load_adapter_state,
     parameter_groups,

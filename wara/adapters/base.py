@@ -20,12 +20,9 @@ from torch import Tensor, nn
 
 from wara.errors import WaraError, WaraErrors
 from wara.schema import STRICT, fault, faults_of
+from wara.vit import plain_name, unwrap
 
 Rows = tuple[int, int]
-
-GROUPS = ("adapter", "core", "head")
-"""What may have a learning rate of its own."""
-
 
 class AdapterLayer(nn.Module):
     """The trainable part that sits on one module of the base.
@@ -133,10 +130,14 @@ class AdaptedModule(nn.Module):
         return self._base[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        # Another adapter may be put on a child of the base module, and taken off again.
-        if isinstance(value, nn.Module) and name in self.base._modules:
-            self.base._modules[name] = value
+        own = "_base" not in self.__dict__ or name == "adapter" or name in self.__dict__
+        if own or hasattr(nn.Module, name):
+            super().__setattr__(name, value)
+            return
+        # Meant for the module: a switch that its own forward reads, an adapter on a child of it.
+        if isinstance(value, nn.Module) or name in self._modules:
+            super().__setattr__(name, value)
+        setattr(self.base, name, value)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode."""
@@ -150,12 +151,12 @@ class AdaptedModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # timm asks modules for what they are, such as `patch_embed.grid_size`.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_base" not in self.__dict__:
-                raise
-            return getattr(self.base, name)
+        for table in ("_parameters", "_buffers", "_modules"):
+            if name in self.__dict__.get(table, ()):
+                return self.__dict__[table][name]
+        if "_base" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_base"][0], name)
 
 
 class AdaptedLinear(AdaptedModule, nn.Linear):
@@ -165,10 +166,6 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
 
     def __init__(self, base: nn.Linear, adapter: LinearAdapter) -> None:
         AdaptedModule.__init__(self, base, adapter)
-        self.in_features, self.out_features = base.in_features, base.out_features
-
-    # A linear layer has nothing else to ask for, and a compiler traces the plain look-up.
-    __getattr__ = nn.Module.__getattr__
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted output `[…, o]` for input `[…, d]`."""
@@ -179,12 +176,13 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Return the adapted linear layers of a model by their dotted path.
 
     Args:
-        model: any model.
+        model: any model, compiled or not.
 
     Returns:
-        Paths and layers in the model's order; empty when nothing is adapted.
+        Plain paths and layers in the model's order; empty when nothing is adapted.
     """
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    every = unwrap(model).named_modules()
+    return {plain_name(name): m for name, m in every if isinstance(m, AdaptedLinear)}
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -251,14 +249,18 @@ class Method(metaclass=_Refusing):
     summary: ClassVar[str]
     """What trains, in a few words."""
     rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-3, "head": 2e-3}
-    """Peak learning rate of AdamW for each of `GROUPS` that trains, see docs/methods.md. The first
-    is the one that `lr` sets."""
+    """Peak learning rate of AdamW for each of `adapter`, `core` and `head` that trains, see
+    docs/methods.md. The first is the one that `lr` sets."""
     knob: ClassVar[tuple[str, ...]] = ()
     """Options that a budget turns, the one that counts first; none where the size is fixed."""
     mergeable: ClassVar[bool] = True
     """Whether a trained model can always be merged into a plain one."""
     reversible: ClassVar[bool] = False
     """Whether the base parameters that train are few enough to keep a copy of, for `unload`."""
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """Return those of `rates` whose parameters train under these options."""
+        return self.rates
 
     def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
         """Return the adapter layers by the dotted path of the module each sits on.
@@ -313,19 +315,19 @@ def one_size(knob: Sequence[str], given: Any) -> Any:
     """Refuse a size that stands beside a budget, which would decide it too.
 
     Args:
-        knob: options that the budget turns; null leaves one to its default, or to the budget.
+        knob: options that the budget turns; beside a budget null leaves one to it.
         given: what a validator before validation gets: a mapping or arguments.
 
     Returns:
-        The same, without options that are null.
+        The same, without options that a budget decides.
     """
     named: Any = given.kwargs if isinstance(given, ArgsKwargs) else given
-    if not isinstance(named, Mapping):
+    if not isinstance(named, Mapping) or named.get("budget") is None:
         return given
-    kept = {key: v for key, v in named.items() if key not in knob or v is not None}
     for key in knob:
-        if key in kept and kept.get("budget") is not None:
+        if named.get(key) is not None:
             raise fault(f"{key} and budget are both set", "set one of the two", "budget")
+    kept = {key: value for key, value in named.items() if key not in knob}
     return ArgsKwargs(given.args, kept) if isinstance(given, ArgsKwargs) else kept
 
 

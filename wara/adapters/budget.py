@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +75,9 @@ def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, 
 
     Raises:
         WaraError: kind `config` when the method has no size to set, or its smallest setting trains
-            over a tenth more than wanted; then the smallest budget is named.
+            over a tenth more than wanted, or the largest that its options allow a tenth less; then
+            the nearest budget is named. A method that is full, as where every entry of the weights
+            trains, takes what it can have.
     """
     multiple = parse_budget(wanted)
     if not method.knob:
@@ -87,12 +89,16 @@ def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, 
     unit = sum(o + d for target in targets for o, d in target.shapes)
     goal = round(multiple * unit)
     sized = [pair for form in plain.forms() for pair in _near(form, model, targets, goal)]
-    least = min(size for size, _ in sized)
+    sizes = [size for size, _ in sized]
+    least, most = min(sizes), max(sizes)
+    said = f"budget {wanted} is {goal:,} parameters, and '{method.name}' has"
+    # Rounded so that the budget it names is accepted.
     if least > goal * (1 + TOLERANCE):
-        what = f"budget {wanted} is {goal:,} parameters, and '{method.name}' has at least {least:,}"
-        # Rounded up, so that the budget it names is accepted.
-        remedy = f"set {_round_up(least / unit)}*lora_r1 or more"
-        raise WaraError("config", what, "adapter.budget", remedy)
+        remedy = f"set {_rounded(least / unit, math.ceil)}*lora_r1 or more"
+        raise WaraError("config", f"{said} at least {least:,}", "adapter.budget", remedy)
+    if most < goal * (1 - TOLERANCE) and not _is_full(sized[sizes.index(most)][1], targets):
+        remedy = f"set {_rounded(most / unit, math.floor)}*lora_r1 or less"
+        raise WaraError("config", f"{said} at most {most:,}", "adapter.budget", remedy)
     got, fitted = min(sized, key=lambda item: (abs(item[0] - goal), item[0]))
     return fitted, goal, got
 
@@ -109,23 +115,40 @@ def _near(
         return sizes[value]
 
     least, most = method.knob_range(targets)
-    low, high = least, least + 1
-    if most is not None:
-        high = max(low, most)
-    else:
-        while size(high) < goal:
-            low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if size(middle) <= goal:
-            low = middle
-        else:
-            high = middle
+    allowed = _last(least, lambda value: _may_be(method, value), most)
+    low = _last(least, lambda value: size(value) <= goal, allowed)
+    high = min(low + 1, allowed)
     for value in sorted({least, low, high}):
         yield size(value), method.turned(value)
 
 
-def _round_up(number: float) -> str:
-    """Return a number above 0 with two digits that count, not below it, as `parse_budget` reads."""
+def _may_be(method: TargetedMethod, value: int) -> bool:
+    """Whether the knob's own bounds let it stand at a value."""
+    try:
+        method.turned(value)
+    except WaraError:
+        return False
+    return True
+
+
+def _last(start: int, holds: Callable[[int], bool], most: int | None) -> int:
+    """Return the last number from `start` on for which it holds, or `start`; at most `most`."""
+    low, step = start, 1
+    while (most is None or low + step <= most) and holds(low + step):
+        low, step = low + step, 2 * step
+    while step > 1:
+        step //= 2
+        if (most is None or low + step <= most) and holds(low + step):
+            low += step
+    return low
+
+
+def _is_full(method: TargetedMethod, targets: Sequence[Target]) -> bool:
+    """Whether more of the knob would add nothing, so that the method can have no larger size."""
+    return getattr(method, method.knob[0]) == method.knob_range(targets)[1]
+
+
+def _rounded(number: float, way: Callable[[float], int]) -> str:
+    """Return a number above 0 with two digits that count, as `parse_budget` reads."""
     places = max(0, 1 - math.floor(math.log10(number)))
-    return f"{math.ceil(number * 10**places) / 10**places:.{places}f}"
+    return f"{way(number * 10**places) / 10**places:.{places}f}"

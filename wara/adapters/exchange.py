@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from wara.adapters.base import AdaptedLinear, Method, adapted_layers
 from wara.adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from wara.adapters.inject import adapt, suspend
+from wara.adapters.inject import adapt, replacing_adapter
 from wara.adapters.lora import LoRA, LoRALayer
 from wara.adapters.sparse import SHiRA, SparseLayer, WaveFT, draw_places
-from wara.adapters.state import adaptation_of
+from wara.adapters.state import adaptation_of, named_parameters
 from wara.adapters.targets import (
     ALIASES,
     Blocks,
@@ -34,7 +34,7 @@ from wara.adapters.targets import (
 )
 from wara.errors import WaraError
 from wara.storage import parse_json, replacing_folder
-from wara.vit import classifier_names
+from wara.vit import classifier_names, plain_name, unwrap
 
 PREFIX = "base_model.model."
 PARTS = {
@@ -83,22 +83,19 @@ def import_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     config, state = _read(folder)
     kind = config["peft_type"]
     layers, rest = _split(state, kind, folder)
-    undo = suspend(model)
-    try:
-        _check_layers(model, layers, folder)
-        classes = _match_classifier(model, rest, folder)
+    with replacing_adapter(model) as inner:
+        _check_layers(inner, layers, folder)
+        classes = _match_classifier(inner, rest, folder)
         if classes is not None:
-            model.reset_classifier(classes)  # type: ignore[operator]
-        names = [name for name, _ in model.named_modules() if name in layers]
+            inner.reset_classifier(classes)  # type: ignore[operator]
+        names = [name for name in map(plain_name, dict(inner.named_modules())) if name in layers]
         cls, options = _METHODS[kind](config, layers, names)
-        adapt(model, cls(**options, **_targets(model, names)))
-        _fill(model, config, layers)
-    except BaseException:
-        undo()
-        raise
-    with torch.no_grad():
-        for name, tensor in rest.items():
-            model.get_parameter(name).copy_(tensor)
+        adapt(inner, cls(**options, **_targets(inner, names)))
+        _fill(inner, config, layers)
+        own = named_parameters(inner)
+        with torch.no_grad():
+            for name, tensor in rest.items():
+                own[name].copy_(tensor)
     return model
 
 
@@ -155,7 +152,8 @@ def _split(state: dict[str, Tensor], kind: str, folder: Path) -> tuple[Layers, d
 
 def _check_layers(model: nn.Module, layers: Layers, folder: Path) -> None:
     """Refuse layers that the model lacks, and tensors that do not fit it."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    every = model.named_modules()
+    linears = {plain_name(name): m for name, m in every if isinstance(m, nn.Linear)}
     remedy = "use the model that the adapter was trained on"
     for name, parts in layers.items():
         if name not in linears:
@@ -182,8 +180,8 @@ def _match_classifier(model: nn.Module, rest: dict[str, Tensor], folder: Path) -
     """
     if not rest:
         return None
-    own = dict(model.named_parameters())
-    heads = classifier_names(model)
+    own = named_parameters(model)
+    heads = set(map(plain_name, classifier_names(model)))
     remedy = "use the model that the adapter was trained on, its head in PEFT's modules_to_save"
     alien = sorted(n for n in rest if n not in heads)
     if alien:
@@ -321,7 +319,8 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
         "modules_to_save": heads or None,
         **own,
     }
-    state.update({name: model.get_parameter(name) for name in adaptation.head})
+    own_parameters = named_parameters(unwrap(model))
+    state.update({name: own_parameters[name] for name in adaptation.head})
     plain = {PREFIX + n: t.detach().cpu().clone().contiguous() for n, t in state.items()}
     with replacing_folder(folder) as fresh:
         (fresh / WEIGHTS_FILE).write_bytes(save(plain, metadata={"format": "pt"}))

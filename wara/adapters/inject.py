@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from wara.adapters.base import (
     Method,
 )
 from wara.adapters.budget import fit
+from wara.adapters.declared import check_layers
 from wara.adapters.state import (
     ADAPTATION,
     Adaptation,
     Attribute,
     adaptation_of,
+    like,
+    named_adapters,
     named_parameters,
     trainable_parameters,
 )
@@ -33,7 +37,8 @@ def adapt(model: nn.Module, method: Method, *, empty: bool = False) -> nn.Module
     """Prepare a model for fine-tuning, in place.
 
     Everything is frozen except what the method declares and the classifier
-    (`model.get_classifier()`).
+    (`model.get_classifier()`). Running statistics of the base (batch normalisation) stay as they
+    are whatever trains, and are what it normalises by, in training too.
 
     Args:
         model: a timm ViT; for weight-domain methods with path patterns as targets, any module with
@@ -74,25 +79,22 @@ def adapt(model: nn.Module, method: Method, *, empty: bool = False) -> nn.Module
             layers = method.layers(inner)
     else:
         layers = method.layers(inner)
+    check_layers(inner, method, layers)
     kept = base if method.reversible else ()
     originals = {name: inner.get_parameter(name).detach().clone() for name in kept}
-    paths: list[str] = []
     attributes: list[Attribute] = []
-    try:
+    with restoring(inner):
         for path, layer in layers.items():
             _place(inner, path, layer, attributes)
-            paths.append(path)
-    except BaseException:
-        _take_off(inner, paths, attributes)
-        raise
-    names = (plain_name(path) for path in paths)
+        for module in _with_statistics(inner):
+            module.register_forward_pre_hook(_hold_still)
     adaptation = Adaptation(
         method,
         tuple(map(plain_name, head)),
         tuple(map(plain_name, base)),
         {plain_name(name): value for name, value in originals.items()},
         budget,
-        tuple(names),
+        tuple(map(plain_name, layers)),
         tuple(attributes),
     )
     setattr(inner, ADAPTATION, adaptation)
@@ -102,14 +104,34 @@ def adapt(model: nn.Module, method: Method, *, empty: bool = False) -> nn.Module
     return model
 
 
+def _with_statistics(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of the base that follow the mean and variance of their inputs."""
+    heads = {id(m) for head in classifiers(model) for m in head.modules()}
+    names = ("running_mean", "running_var")
+    return [
+        module
+        for module in model.modules()
+        if id(module) not in heads and any(module._buffers.get(name) is not None for name in names)
+    ]
+
+
+def _hold_still(module: nn.Module, inputs: Any) -> None:
+    """Before each forward: normalise by the statistics of pretraining, and leave them alone.
+
+    They belong to the base, which an adapter must find again, and a small batch knows no better.
+    """
+    if module.training:
+        module.training = False
+
+
 def _place(model: nn.Module, path: str, layer: AdapterLayer, attributes: list[Attribute]) -> None:
     """Put an adapter on a module, in place; note what else had to be changed."""
-    module, parent = model.get_submodule(path), owner_of(model, path)
+    module, parent = _submodule(model, path), _submodule(model, path.rpartition(".")[0])
     if isinstance(module, AdaptedModule) or "adapter" in module._modules:
         raise WaraError("config", "the module carries an adapter already", path, "name it once")
-    like = next(iter([*module.parameters(), *model.parameters()]), torch.empty(0))
+    pattern = like(module, model)
     # Shapes alone cannot move to a device; they get their numbers there.
-    layer.to(device=None if _is_bare(layer) else like.device, dtype=like.dtype)
+    layer.to(device=None if _is_bare(layer) else pattern.device, dtype=pattern.dtype)
     if isinstance(layer, LinearAdapter):
         if not isinstance(module, nn.Linear):
             what = f"{type(layer).__name__} sits on linear layers, not on {type(module).__name__}"
@@ -117,7 +139,7 @@ def _place(model: nn.Module, path: str, layer: AdapterLayer, attributes: list[At
         adapted: AdaptedModule = AdaptedLinear(module, layer)
     else:
         adapted = AdaptedModule(module, layer)
-    setattr(parent, path.rpartition(".")[2], adapted)
+    _put(model, path, adapted)
     # timm's EVA and BEiT read `qkv.weight` past the layer unless told to call it.
     if isinstance(layer, LinearAdapter) and getattr(parent, "qkv_bias_separate", None) is False:
         attributes.append((path.rpartition(".")[0], "qkv_bias_separate", False, True))
@@ -129,12 +151,18 @@ def _is_bare(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in tensors)
 
 
-def _take_off(model: nn.Module, paths: Sequence[str], attributes: Sequence[Attribute]) -> None:
-    """Put the modules back that adapters sit on, the innermost first, and former attributes."""
-    for path, adapted in _adapted(model, paths):
-        _put(model, path, adapted.base)
-    for path, name, before, _ in attributes:
-        setattr(_submodule(model, path), name, before)
+def has_unsaved(model: nn.Module) -> bool:
+    """Whether adapter layers, adapted with `empty`, lack numbers that no adapter file brings.
+
+    These are buffers that are not persistent, and tensors that are mere attributes.
+    """
+    for _, adapter in named_adapters(model):
+        for module in adapter.modules():
+            names = module._non_persistent_buffers_set
+            held = [*vars(module).values(), *(module._buffers[name] for name in names)]
+            if any(isinstance(each, Tensor) and each.is_meta for each in held):
+                return True
+    return False
 
 
 def _adapted(model: nn.Module, paths: Sequence[str]) -> Iterator[tuple[str, AdaptedModule]]:
@@ -179,7 +207,7 @@ def merge(model: nn.Module) -> nn.Module:
             if plain is None:
                 raise _not_mergeable(path, adapted.adapter)
             _put(merged, path, plain)
-        _take_off(merged, (), adaptation.attributes)
+        _reset(merged, adaptation)
     return _forget(merged)
 
 
@@ -211,61 +239,89 @@ def unload(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, value in adaptation.originals.items():
             own[name].copy_(value)
-    _take_off(inner, adaptation.paths, adaptation.attributes)
+    take_off(inner)
+    return model
+
+
+def take_off(model: nn.Module) -> nn.Module:
+    """Take the adapter layers off an adapted model, in place, whatever else was trained."""
+    inner, adaptation = unwrap(model), adaptation_of(model)
+    for path, adapted in _adapted(inner, adaptation.paths):
+        _put(inner, path, adapted.base)
+    _reset(inner, adaptation)
     _forget(inner)
     return model
+
+
+def _reset(model: nn.Module, adaptation: Adaptation) -> None:
+    """Give attributes that were changed their former values."""
+    for path, name, before, _ in adaptation.attributes:
+        setattr(_submodule(model, path), name, before)
 
 
 def _forget(model: nn.Module) -> nn.Module:
     """Drop the note of adaptation and unfreeze, in place."""
     if hasattr(model, ADAPTATION):
         delattr(model, ADAPTATION)
+    for module in _with_statistics(model):
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _hold_still]:
+            del hooks[key]
+        module.training = model.training
     return model.requires_grad_(True)
 
 
-def suspend(model: nn.Module) -> Callable[[], None]:
-    """Take the adapter off a model, if it carries one; return what puts all back as it was.
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """Put a model back as it was, the very same modules and tensors, when the block fails.
 
-    Adapter layers, head and trained base parameters come back as the very same tensors.
+    Covered are its structure, the attributes of its modules, which parameters train, and the values
+    of what trains and of the head.
+    """
+    inner = unwrap(model)
+    shapes = [(m, dict(vars(m)), _tables(m)) for m in _modules(inner)]
+    flags = {parameter: parameter.requires_grad for parameter in inner.parameters()}
+    adaptation, own = getattr(inner, ADAPTATION, None), named_parameters(inner)
+    trained = adaptation.originals if adaptation is not None else ()
+    heads = [t for m in classifiers(inner) for t in (*m.parameters(), *m.buffers())]
+    values = [(t, t.detach().clone()) for t in (*heads, *(own[name] for name in trained))]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, tables in shapes:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for table, content in tables:
+                table.clear()
+                table.update(content)
+        for parameter, trains in flags.items():
+            parameter.requires_grad_(trains)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        raise
+
+
+@contextmanager
+def replacing_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model inside wrappers, plain; what goes wrong then leaves it as it was.
 
     Raises:
         WaraError: kind `config` when the base weights themselves were trained.
     """
-    inner: Any = unwrap(model)
-    adaptation = getattr(inner, ADAPTATION, None)
-    adapted: list[tuple[str, AdaptedModule]] = []
-    values: dict[str, Tensor] = {}
-    frozen = {id(p): p for p in inner.parameters() if not p.requires_grad}
-    if adaptation is not None:
-        adapted = list(_adapted(inner, adaptation.paths))
-        own = named_parameters(inner)
-        values = {name: own[name].detach().clone() for name in adaptation.originals}
-        unload(inner)
-    named = dict(inner.named_modules())
-    own_heads = {id(head) for head in classifiers(inner)}
-    heads = {name: module for name, module in named.items() if id(module) in own_heads}
-    count = getattr(inner, "num_classes", None)
+    inner = unwrap(model)
+    with restoring(inner):
+        yield unload(inner) if hasattr(inner, ADAPTATION) else inner
 
-    def undo() -> None:
-        now = getattr(inner, ADAPTATION, None)
-        if now is not None:
-            _take_off(inner, now.paths, now.attributes)
-            _forget(inner)
-        for name, module in heads.items():
-            _put(inner, name, module)
-        if count is not None:
-            inner.num_classes = count
-        for path, module in reversed(adapted):
-            _put(inner, path, module)
-        if adaptation is not None:
-            for path, name, _, after in adaptation.attributes:
-                setattr(_submodule(inner, path), name, after)
-            setattr(inner, ADAPTATION, adaptation)
-        own = named_parameters(inner)
-        with torch.no_grad():
-            for name, value in values.items():
-                own[name].copy_(value)
-        for parameter in inner.parameters():
-            parameter.requires_grad_(id(parameter) not in frozen)
 
-    return undo
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        yield module
+        if isinstance(module, AdaptedModule):
+            yield module.base
+
+
+def _tables(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the tables of a module (children, parameters, hooks, …), each with a copy."""
+    held = vars(module).values()
+    return [(table, table.copy()) for table in held if isinstance(table, dict | set)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from operator import attrgetter
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +22,7 @@ from wara.adapters.baselines import (
     LoKr,
     VeRA,
 )
+from wara.adapters.declared import check_declarations
 from wara.adapters.lora import LoRA
 from wara.adapters.probes import Full, LinearProbe
 from wara.adapters.sparse import SHiRA, WaveFT
@@ -49,43 +52,89 @@ ENTRY_POINTS = "wara.methods"
 
 
 def find_method(name: str) -> type[Method]:
-    """Return the class of a method.
+    """Return the class of a method, importing the module that is named.
 
     Args:
         name: a key of `METHODS`, the name of an entry point of the group `wara.methods`, or
             `package.module:Class`.
 
     Raises:
-        WaraError: kind `config` when there is none, or what is named is not a method.
+        WaraError: kind `config` when there is none, what is named is not a method, or it does not
+            declare what a run needs.
     """
     if name in METHODS:
         return METHODS[name]
-    offered = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    offered = _offered()
     path = offered.get(name, name)
     module, colon, attribute = path.partition(":")
-    if not colon:
+    if not (module and colon and attribute):
         remedy = suggest(name, [*METHODS, *offered])
         raise WaraError("config", f"unknown method '{name}'", "adapter.method", remedy)
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        what = f"the method {path} does not import: {error}"
-        remedy = "check PYTHONPATH and the name"
-        raise WaraError("config", what, "adapter.method", remedy) from error
+    found = _imported(path, module, attribute)
     if not (isinstance(found, type) and issubclass(found, Method)):
         remedy = "name a class derived from wara.adapters.Method; see docs/add_a_method.md"
         raise WaraError("config", f"{path} is not a method", "adapter.method", remedy)
+    if found not in METHODS.values():
+        check_declarations(found, path, METHODS)
     return found
 
 
-def method_key(method: Method) -> str:
+def known_method(name: str, given: Sequence[type[Method]] = ()) -> type[Method]:
+    """Return the class of a method that a file names; a file imports nothing.
+
+    Args:
+        name: see `find_method`.
+        given: classes that it may be, beside those of wara, of the entry points of installed
+            packages, and of modules that are imported already.
+
+    Raises:
+        WaraError: kind `artefact` when it is none of these.
+    """
+    for cls in given:
+        if name == class_key(cls):
+            return cls
+    module = name.partition(":")[0]
+    if name in METHODS or name in _offered() or module in sys.modules:
+        try:
+            return find_method(name)
+        except WaraError as error:
+            remedy = f"{error.remedy}; or give methods=[the class]"
+            raise WaraError("artefact", error.what, error.where, remedy) from error
+    remedy = f"import {module} first if you trust it, or give methods=[the class]"
+    if ":" not in name:
+        remedy = "install the package that offers it, or the version of wara that wrote it"
+    raise WaraError("artefact", f"the method {name!r} is not known here", "method", remedy)
+
+
+def _offered() -> dict[str, str]:
+    return {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def _imported(path: str, module: str, attribute: str) -> Any:
+    """Return what `module:attribute` names; `path` is how the user wrote it."""
+    if not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
+        reason = "it is not of the form package.module:Class"
+    else:
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:  # whatever the user's own module does on import
+            reason = " ".join(str(error).split()) or type(error).__name__
+        else:
+            try:
+                return attrgetter(attribute)(found)
+            except AttributeError:
+                reason = f"there is no '{attribute}' in {module}"
+    what = f"the method {path} does not import: {reason}"
+    remedy = "correct it (modules are looked for where you are and on PYTHONPATH)"
+    raise WaraError("config", what, "adapter.method", remedy)
+
+
+def class_key(cls: type[Method]) -> str:
     """Return what names a method in a config: its short name, or `package.module:Class`."""
-    cls = type(method)
     if METHODS.get(cls.name) is cls:
         return cls.name
     path = f"{cls.__module__}:{cls.__qualname__}"
-    offered = {entry.value: entry.name for entry in entry_points(group=ENTRY_POINTS)}
-    return offered.get(path, path)
+    return next((short for short, value in _offered().items() if value == path), path)
 
 
 def unknown_option(cls: type[Method], place: Place) -> tuple[str, str]:
@@ -103,11 +152,11 @@ def _made(cls: type[Method], options: Mapping[str, Any]) -> Any:
     return type.__call__(cls, **options)
 
 
-def method_from_options(method: str, options: Mapping[str, Any]) -> Method:
+def method_from_options(method: str | type[Method], options: Mapping[str, Any]) -> Method:
     """Return the method of that name with the given options.
 
     Args:
-        method: see `find_method`.
+        method: see `find_method`; or the class.
         options: fields of the method's class, as YAML and JSON hold them.
 
     Returns:
@@ -116,7 +165,7 @@ def method_from_options(method: str, options: Mapping[str, Any]) -> Method:
     Raises:
         WaraErrors: kind `config`, all faults at once.
     """
-    cls = find_method(method)
+    cls = find_method(method) if isinstance(method, str) else method
     try:
         return _made(cls, options)
     except ValidationError as error:
@@ -140,7 +189,7 @@ def read_method(section: Any) -> Any:
     named = dict(section)
     name = named.pop("method", "wara")
     if not isinstance(name, str):
-        raise fault(f"unknown method {name!r}", suggest(str(name), METHODS), "method")
+        raise fault("the method is not named by a text", suggest(str(name), METHODS), "method")
     try:
         cls = find_method(name)
     except WaraError as error:
@@ -150,4 +199,4 @@ def read_method(section: Any) -> Any:
 
 def section_of(method: Method) -> dict[str, Any]:
     """Return a method as an `adapter:` section, plain values that JSON and YAML can hold."""
-    return {"method": method_key(method), **method.options()}
+    return {"method": class_key(type(method)), **method.options()}

@@ -196,11 +196,6 @@ class AdaLoRALayer(PeftLayer):
             del tuner.ranknum
             tuner.ranknum = start
 
-    def ranks(self) -> list[int]:
-        """Return how many ranks each row group has left."""
-        tuners: list[Any] = list(self.tuners)
-        return [int(tuner.lora_E[ADAPTER].count_nonzero()) for tuner in tuners]
-
 
 class Allocation:
     """PEFT's rank allocator for one model, told the length of training as it goes.

@@ -205,7 +205,7 @@ class SparseMethod(TargetedMethod):
     def _positive(cls, value: Any) -> Any:
         each = value if isinstance(value, tuple) else () if value is None else (value,)
         if value == () or any(k < 1 for k in each):
-            raise fault(f"k is {value!r}", "set 1 or more, or null")
+            raise fault(f"k is {value if value in each else list(value)}", "set 1 or more, or null")
         return value
 
     @property

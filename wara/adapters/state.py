@@ -1,9 +1,8 @@
-"""What an adapted model holds beside its base: what trains, what is saved, and what the base is."""
+"""What an adapted model holds beside its base: what trains and what is saved."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +11,10 @@ from torch import Tensor, nn
 
 from wara.adapters.base import AdaptedModule, AdapterLayer, Method
 from wara.errors import WaraError
-from wara.storage import canonical_sha256
-from wara.vit import classifier_names, classifiers, plain_name, unwrap
+from wara.vit import classifiers, plain_name, unwrap
 
 ADAPTATION = "wara_adaptation"
 """Attribute of an adapted model that holds its `Adaptation`."""
-
-# What else of a module decides what the model computes, beside its class and its tensors.
-_STRUCTURE = (
-    "num_heads", "head_dim", "scale", "eps", "grid_size", "patch_size", "num_prefix_tokens",
-    "num_reg_tokens", "no_embed_class", "global_pool", "pool_include_prefix", "normalized_shape",
-    "kernel_size", "stride", "padding", "window_size", "approximate",
-)  # fmt: skip
 
 Attribute = tuple[str, str, Any, Any]
 
@@ -75,7 +66,8 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(name): parameter for name, parameter in every}
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """Yield the adapter layers of a model by plain path."""
     for path, module in model.named_modules():
         if isinstance(module, AdapterLayer):
             yield plain_name(path), module
@@ -85,7 +77,7 @@ def _adapter_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, bool]
     """Return the adapter's parameters by name, each with whether it is a core; ties once."""
     found: dict[str, tuple[nn.Parameter, bool]] = {}
     seen: set[int] = set()
-    for path, adapter in _adapters(model):
+    for path, adapter in named_adapters(model):
         for name, parameter in adapter.named_parameters():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -166,24 +158,27 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         Detached tensors by name: what `trainable_parameters` names, plus the persistent buffers of
-        the adapter layers (sparse places, random and SVD bases).
+        the adapter layers (sparse places, random and SVD bases) and of the head.
 
     Raises:
         WaraError: kind `config` when the model is not adapted.
     """
     state = {name: p.detach() for name, p in trainable_parameters(model).items()}
-    return state | _adapter_buffers(unwrap(model))
+    return state | _buffers(unwrap(model))
 
 
-def _adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the persistent buffers of the adapter layers; those that layers share once."""
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return persistent buffers of the adapter layers and of the head; what is shared once."""
+    heads = {id(head) for head in classifiers(model)}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for path, adapter in _adapters(model):
-        for name, tensor in adapter.state_dict(keep_vars=True).items():
+    for path, module in model.named_modules():
+        if not (isinstance(module, AdapterLayer) or id(module) in heads):
+            continue
+        for name, tensor in module.state_dict(keep_vars=True).items():
             if not isinstance(tensor, nn.Parameter) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                found[f"{path}.{name}"] = tensor
+                found[plain_name(f"{path}.{name}")] = tensor
     return found
 
 
@@ -193,19 +188,37 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
     Args:
         model: adapted with the same method and options.
-        state: exactly the same names, shapes and types.
+        state: exactly the same names and shapes. Types too, unless the whole state is of another
+            precision than the model: then it is converted, as `model.to(dtype)` would.
 
     Raises:
         WaraError: kind `artefact`, naming keys, shapes or types that do not agree, or numbers that
-            are not finite; nothing changes then.
+            are not finite or not possible; nothing changes then.
     """
     model = unwrap(model)
     check_state(model, state)
+    before = {n: t.clone() for n, t in adapter_state_dict(model).items() if not t.is_meta}
     _materialise(model)
-    for name, tensor in adapter_state_dict(model).items():
-        tensor.copy_(state[name])
-    for _, adapter in _adapters(model):
+    try:
+        _fill(model, state)
+    except BaseException:
+        # What had no numbers before has none to go back to; `restoring` takes it off.
+        if before.keys() == state.keys():
+            _fill(model, before)
+        else:
+            _copy(adapter_state_dict(model), before)
+        raise
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    _copy(adapter_state_dict(model), state)
+    for _, adapter in named_adapters(model):
         adapter.refresh()
+
+
+def _copy(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        own[name].copy_(tensor)
 
 
 def check_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -220,7 +233,7 @@ def check_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         "missing": sorted(own.keys() - state.keys()),
         "unknown": sorted(state.keys() - own.keys()),
         "wrong shape": [name for name in both if own[name].shape != state[name].shape],
-        "wrong type": [name for name in both if own[name].dtype != state[name].dtype],
+        "wrong type": _wrong_types([(name, own[name].dtype, state[name].dtype) for name in both]),
     }
     faults = [
         f"{word} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
@@ -231,72 +244,68 @@ def check_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         remedy = "use the backbone and options that the adapter was trained with"
         what = "the adapter does not fit the model"
         raise WaraError("artefact", what, "; ".join(faults), remedy)
-    odd = [name for name in both if not bool(state[name].isfinite().all())]
-    if odd:
-        what = f"the adapter holds numbers that are not finite, in {odd[0]}"
-        raise WaraError("artefact", what, "", "train again, at a lower learning rate")
+    check_finite(state)
+
+
+def _wrong_types(types: list[tuple[str, torch.dtype, torch.dtype]]) -> list[str]:
+    """Return the names whose type, given after the model's own, is another, and not by precision.
+
+    A state of another precision has one type throughout wherever the model has one; a single tensor
+    of another type is a fault.
+    """
+    odd = [name for name, own, given in types if own != given]
+    floats = [(own, given) for _, own, given in types if own.is_floating_point]
+    as_one = len({given for _, given in floats}) == len({own for own, _ in floats}) == 1
+    if as_one and all(given.is_floating_point for _, given in floats):
+        return [name for name, own, given in types if own != given and not own.is_floating_point]
+    return odd
+
+
+def check_finite(state: Mapping[str, Tensor], kind: str = "artefact") -> None:
+    """Refuse a state with numbers that are not finite.
+
+    Raises:
+        WaraError: of that kind.
+    """
+    for name in sorted(state):
+        if not bool(state[name].isfinite().all()):
+            what = f"the adapter holds numbers that are not finite, in {name}"
+            raise WaraError(kind, what, "", "train again, at a lower learning rate")
+
+
+def like(module: nn.Module, model: nn.Module) -> Tensor:
+    """Return a tensor of the precision, and on the device, that an adapter of the module takes."""
+    return next(iter([*module.parameters(), *model.parameters()]), torch.empty(0))
 
 
 def _materialise(model: nn.Module) -> None:
     """Give numbers, any, to what is there in shape alone; what is shared stays shared."""
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    memo: dict[int, Any] = {}
+    memo: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
+        if isinstance(module, AdaptedModule):
+            _give_numbers(module.adapter, like(module.base, model).device, memo)
+    real = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(real, torch.device("cpu"))
+    for head in classifiers(model):
+        if any(p.is_meta for p in head.parameters()):
+            _give_numbers(head, device, memo)
+
+
+def _give_numbers(
+    part: nn.Module, device: torch.device, memo: dict[int, tuple[Tensor, Tensor]]
+) -> None:
+    """Put a part on a device: with its numbers where it has any, such as those of a transform."""
+    for module in part.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():
-                if tensor is None or not tensor.is_meta:
+                if tensor is None or not tensor.is_meta and tensor.device == device:
                     continue
                 if id(tensor) not in memo:
-                    fresh = torch.empty_like(tensor, device=device)
+                    bare = tensor.is_meta
+                    fresh = torch.empty_like(tensor, device=device) if bare else tensor.to(device)
                     if isinstance(tensor, nn.Parameter):
                         fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
                     # The old one is kept, for its identity must not be given to another.
                     memo[id(tensor)] = (fresh, tensor)
                 table[name] = memo[id(tensor)][0]
-
-
-def base_hash(model: nn.Module) -> str:
-    """Return a fingerprint of the frozen base: what it computes with, and how.
-
-    Args:
-        model: adapted or not.
-
-    Returns:
-        SHA-256, in hex, over the structure (classes of the modules, heads, grid, pooling,
-        epsilons), and over names, shapes, types and values of all parameters and saved buffers
-        but the adapter's, the head's and trained base parameters.
-    """
-    model = unwrap(model)
-    if hasattr(model, ADAPTATION):
-        skip = set(trainable_parameters(model))
-    else:
-        skip = {plain_name(name) for name in classifier_names(model)}
-    digest = hashlib.sha256(canonical_sha256(_structure(model)).encode())
-    tensors = {plain_name(name): t for name, t in model.state_dict(keep_vars=True).items()}
-    adapters = tuple(f"{path}." for path, _ in _adapters(model))
-    for name in sorted(tensors):
-        if name in skip or name.startswith(adapters):
-            continue
-        data = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _structure(model: nn.Module) -> list[Any]:
-    """Return, as plain values, what each module of the base is beside its tensors."""
-    heads = {id(m) for head in classifiers(model) for m in head.modules()}
-    own = {id(m) for _, adapter in _adapters(model) for m in adapter.modules()}
-    found: list[Any] = []
-    for path, module in model.named_modules():
-        if id(module) in heads | own or type(module).__name__ == "OptimizedModule":
-            continue
-        base = module.base if isinstance(module, AdaptedModule) else module
-        facts = {}
-        for name in _STRUCTURE:
-            value = base.__dict__.get(name)
-            if isinstance(value, bool | int | float | str | tuple | list):
-                facts[name] = list(value) if isinstance(value, tuple | list) else value
-        found.append([plain_name(f"{path}."), type(base).__name__, facts])
-    return found

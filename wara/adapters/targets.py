@@ -24,7 +24,7 @@ from wara.adapters.base import (
 )
 from wara.errors import WaraError, suggest
 from wara.schema import fault, from_list
-from wara.vit import block_names
+from wara.vit import block_names, plain_name
 
 FUSED = frozenset({"qkv"})
 ALIASES = {
@@ -111,7 +111,7 @@ def target_fault(targets: Sequence[str]) -> tuple[str, str] | None:
     Args:
         targets: short names or path patterns.
     """
-    if isinstance(targets, str) or not targets:
+    if isinstance(targets, str) or not targets or None in targets:
         return "targets must be a list of names", "write a list, such as [q, k, v, o]"
     for target in targets:
         if not isinstance(target, str) or not (target in ALIASES or is_pattern(target)):
@@ -135,7 +135,7 @@ def find_targets(model: nn.Module, targets: Sequence[str], blocks: Blocks = "all
         blocks: see `block_indices`; patterns are not restricted by it.
 
     Returns:
-        Targets in the order of `model.named_modules()`.
+        Targets in the order of `model.named_modules()`, by plain name.
 
     Raises:
         WaraError: kind `config` when a target matches nothing.
@@ -145,7 +145,8 @@ def find_targets(model: nn.Module, targets: Sequence[str], blocks: Blocks = "all
         raise WaraError("config", wrong[0], "adapter.targets", wrong[1])
     short = [target for target in targets if not is_pattern(target)]
     patterns = [target for target in targets if is_pattern(target)]
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    every = model.named_modules()
+    linears = {plain_name(n): m for n, m in every if isinstance(m, nn.Linear)}
     unmatched = set(targets)
     found: dict[str, dict[str, Rows]] = {}
     if short:

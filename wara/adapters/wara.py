@@ -264,6 +264,11 @@ class WaRA(SubbandMethod):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
+    def learning_rates(self) -> Mapping[str, float]:
+        """Return `rates`, without that of the cores where these are fixed."""
+        fixed = self.core == "identity"
+        return {k: rate for k, rate in self.rates.items() if not (fixed and k == "core")}
+
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target, all with the same transform."""
         tokens = self.tokens(model)
@@ -294,7 +299,8 @@ class TinyWaRA(SubbandMethod):
     name: ClassVar[str] = "tiny_wara"
     summary: ClassVar[str] = "WaRA with a fixed SVD basis; only a few coefficients train"
     rates: ClassVar[Mapping[str, float]] = {"core": 5e-2, "head": 2e-3}
-    knob: ClassVar[tuple[str, ...]] = ("coefficients",)
+    # The rank of the basis stays at its default, so that it is the same wherever budgets are.
+    knob: ClassVar[tuple[str, ...]] = ("coefficients", "rank")
 
     rank: int = Field(8, ge=1, le=MOST_RANK, description="Rank r of the fixed basis.")
     coefficients: int = Field(8, ge=1, le=1_000_000, description="Trained numbers u per core.")

@@ -13,7 +13,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from wara.backbones import fit
+from wara.backbones import agree
 from wara.backbones.beside import Beside, look_beside
 from wara.backbones.hub import Weights, find_weights
 from wara.backbones.layouts import Found, find
@@ -136,12 +136,12 @@ def build_backbone(
     if img_size is not None:
         wanted["img_size"] = pair(img_size)
     probe, usual_pool = _probe(architecture, chosen), card.pool if card else None
-    chosen, pool = fit.implied(probe, found, chosen, pool, usual_pool, weight.path)
+    chosen, pool = agree.implied(probe, found, chosen, pool, usual_pool, weight.path)
     if pool is not None:
         wanted["global_pool"] = pool
     model = _create(architecture, {**chosen, **wanted})
-    fit.check(model, found, beside, architecture, weight.path)
-    left_out = fit.load(model, found, architecture, weight.path)
+    agree.check(model, found, beside, architecture, weight.path)
+    left_out = agree.load(model, found, architecture, weight.path)
     data = resolve_model_data_config(model)
     user = None if mean is None else Statistics(_three(mean, "mean"), _three(std, "std"))
     statistics, said = _statistics(named, weight, beside, found, user, data)

@@ -142,7 +142,8 @@ def _commented(section: Any, plain: Mapping[str, Any]) -> CommentedMap:
             continue
         out[key] = value
         meaning = fields[key].description if key in fields else "See `wara methods`."
-        out.yaml_add_eol_comment(meaning, key, column=36)
+        if meaning:  # a method of the user's own may leave an option without one
+            out.yaml_add_eol_comment(meaning, key, column=36)
     return out
 
 

@@ -153,6 +153,9 @@ class RunConfig(Section):
     )
     focal_gamma: float = Field(2.0, ge=0, description="Focusing exponent of the focal loss.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss.")
+    max_class_weight: float | None = Field(
+        100.0, ge=1, description="Largest weight of a rare class in the loss; null: no limit."
+    )
 
     epochs: int = Field(12, ge=1, description="Passes over the training images.")
     batch_size: int = Field(32, ge=1, description="Images per batch, over all devices together.")
@@ -207,9 +210,13 @@ class RunConfig(Section):
         method, group = info.data.get("adapter"), str(info.field_name).removeprefix("lr_")
         if value is None or method is None:
             return value
-        if group not in method.rates:
-            raise fault(f"'{method.name}' trains no cores", f"remove {info.field_name}")
-        if group == next(iter(method.rates)) and info.data.get("lr") not in (None, value):
+        rates = method.learning_rates()
+        if group not in rates:
+            part = "cores" if group == "core" else "head"
+            under = " under the options set" if group in method.rates else ""
+            what = f"'{method.name}' trains no {part}{under}"
+            raise fault(what, f"remove {info.field_name}")
+        if group == next(iter(rates)) and info.data.get("lr") not in (None, value):
             what = f"lr and {info.field_name} are the same rate for '{method.name}'"
             raise fault(what, "set one of the two")
         return value
@@ -219,7 +226,7 @@ class RunConfig(Section):
         """Peak learning rate of each group of parameters that the method trains."""
         given = {"core": self.lr_core, "head": self.lr_head}
         found = {}
-        for place, (group, own) in enumerate(self.adapter.rates.items()):
+        for place, (group, own) in enumerate(self.adapter.learning_rates().items()):
             main = self.lr if place == 0 else None
             chosen = main if main is not None else given.get(group)
             found[group] = own if chosen is None else chosen

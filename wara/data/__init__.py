@@ -4,22 +4,9 @@
 number a lie, `eval_batches` hands out batches.
 """
 
-from wara.data.balance import class_counts, class_weights, imbalance_ratio, positive_weights
 from wara.data.gate import assign_splits, check
 from wara.data.imageset import ImageSet, Record
 from wara.data.loader import eval_batches
-from wara.data.sources import default_cache, open_source
+from wara.data.sources import open_source
 
-__all__ = [
-    "ImageSet",
-    "Record",
-    "assign_splits",
-    "check",
-    "class_counts",
-    "class_weights",
-    "default_cache",
-    "eval_batches",
-    "imbalance_ratio",
-    "open_source",
-    "positive_weights",
-]
+__all__ = ["ImageSet", "Record", "assign_splits", "check", "eval_batches", "open_source"]

@@ -38,35 +38,31 @@ def class_weights(counts: np.ndarray) -> np.ndarray:
     A class without images gets weight 0.
 
     Returns:
-        float32 `[c]`.
+        float64 `[c]`.
     """
     counts = np.asarray(counts, dtype=np.float64)
     present = counts > 0
     weights = np.zeros(len(counts))
     weights[present] = counts.sum() / (present.sum() * counts[present])
-    return weights.astype(np.float32)
-
-
-MOST_POSITIVE_WEIGHT = 100.0
+    return weights
 
 
 def positive_weights(counts: np.ndarray, images: int) -> np.ndarray:
     """Weight of the positives of each label, negatives over positives, for multilabel losses.
 
-    A label without positives gets weight 1. Weights end at `MOST_POSITIVE_WEIGHT`, so that a label
-    with a handful of positives does not drive the training.
+    A label without positives gets weight 1.
 
     Args:
         counts: positives per label `[c]`.
         images: number of images `n`.
 
     Returns:
-        float32 `[c]`.
+        float64 `[c]`.
     """
     counts = np.asarray(counts, dtype=np.float64)
     weights = np.ones(len(counts))
     weights[counts > 0] = (images - counts[counts > 0]) / counts[counts > 0]
-    return weights.clip(max=MOST_POSITIVE_WEIGHT).astype(np.float32)
+    return weights
 
 
 @dataclass(frozen=True)
@@ -104,3 +100,14 @@ class SplitTable:
             known = {patients[i] for i in chosen}
             people[split] = None if known <= {None} else len(known - {None})
         return cls(tuple(classes), counts, images, people)
+
+    def rare(self, least: int) -> str:
+        """Say which classes have fewer images than `least` in a split; empty where none."""
+        found = [
+            f"{name} in {split} ({n})"
+            for split in SPLITS
+            for name, n in zip(self.classes, self.counts[split], strict=True)
+            if n < least and self.images[split]
+        ]
+        more = f" and {len(found) - 12} more" if len(found) > 12 else ""
+        return ", ".join(found[:12]) + more

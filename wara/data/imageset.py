@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from wara.images import (
     Depth,
     ImageSpec,
     Opened,
-    common_bits,
+    processors,
     read_bytes,
     read_image,
     resize,
@@ -27,6 +26,9 @@ from wara.images import (
 
 # Resized images are kept in memory below this many bytes: about 13,000 images of 224 x 224.
 MEMORY_LIMIT = 2_000_000_000
+
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits that the greys of a detector may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,15 +311,34 @@ class ImageSet:
             self._filled[index] = True
         return loaded
 
-    def fill(self, spec: ImageSpec) -> None:
-        """Read whatever `keep` has not yet in memory, in threads.
+    def fill(self, spec: ImageSpec, indices: Sequence[int]) -> None:
+        """Read whatever of some images `keep` has not yet in memory, in threads.
 
         Raises:
             WaraError: kind "data" when an image cannot be read.
         """
         if self.keep(spec):
-            missing = np.flatnonzero(~self._filled).tolist()
+            missing = [index for index in indices if not self._filled[index]]
             in_threads(lambda index: self.array(index, spec), missing)
+
+
+def common_bits(depths: Iterable[Depth]) -> int | None:
+    """Return the bits of a data set: what its 16-bit files state, else what holds them all.
+
+    Args:
+        depths: of all 16-bit PNG and TIFF files of the set.
+
+    Returns:
+        What files state, or one of `DEPTHS`; none when there are no such files.
+    """
+    found = list(depths)
+    if not found:
+        return None
+    brightest = max(depth.brightest for depth in found)
+    stated = max(depth.declared or 0 for depth in found)
+    if brightest < 1 << stated:
+        return stated
+    return next(bits for bits in DEPTHS if brightest < 1 << bits)
 
 
 def _brightest(depth: Depth) -> int:
@@ -342,10 +363,3 @@ def in_threads(work: Callable[[int], object], indices: Sequence[int]) -> list[ob
         return [work(index) for index in indices]
     with ThreadPoolExecutor(min(16, processors())) as pool:
         return list(pool.map(work, indices))
-
-
-def processors() -> int:
-    """Number of processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -50,25 +50,25 @@ def load_batches(
     order: Iterable[Key],
     spec: ImageSpec,
     *,
+    indices: Sequence[int],
     batch_size: int,
     workers: int = 0,
     augment: Augment | None = None,
-    seed: int = 0,
 ) -> DataLoader:
     """Return a loader of the images named by `order`.
 
     Args:
         image_set: the data.
         order: (epoch, record number) of each image, in order; a sampler.
+        indices: all record numbers that `order` names in any epoch; no other image is read.
         spec: what the network expects.
         batch_size: images per batch.
         workers: processes that load images; 0 loads in this one. Results do not depend on it.
         augment: what to change in an image, if anything.
-        seed: for torch's own numbers, so that they are not taken from the generator of dropout.
     """
     if workers:
         # Before the workers exist, so that they share what is kept instead of each reading it.
-        image_set.fill(spec)
+        image_set.fill(spec, indices)
     else:
         image_set.keep(spec)
     return DataLoader(
@@ -79,7 +79,8 @@ def load_batches(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread if workers else None,
-        generator=torch.Generator().manual_seed(seed),
+        # What torch draws for workers decides nothing; dropout's own generator must not give it.
+        generator=torch.Generator(),
     )
 
 
@@ -93,7 +94,9 @@ def eval_batches(
 ) -> DataLoader:
     """Return a loader of some records in order, as they are; see `load_batches`."""
     order = [(0, int(index)) for index in indices]
-    return load_batches(image_set, order, spec, batch_size=batch_size, workers=workers)
+    return load_batches(
+        image_set, order, spec, indices=indices, batch_size=batch_size, workers=workers
+    )
 
 
 def _one_thread(_: int) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from wara.cards import Card, PhantomSource
-from wara.data.imageset import ArrayReader, ImageSet, Record, processors
+from wara.data.imageset import ArrayReader, ImageSet, Record
 from wara.data.splits import SPLITS, connected_groups, stratify
 from wara.errors import WaraError
+from wara.images import processors
 from wara.storage import replacing
 
 _FEW = 200  # below this, starting processes takes longer than they save

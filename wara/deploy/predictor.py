@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 from wara.deploy.bundle import Bundle, open_bundle
 from wara.deploy.onnx_check import check_onnx
 from wara.errors import WaraError
-from wara.images import ImageSpec, Opened, normalise, read_bytes
+from wara.images import ImageSpec, Opened, normalise, processors, read_bytes
 
 ABSTAIN_ON = ("ood", "ambiguous")
 _ONNXRUNTIME = "install onnxruntime: pip install 'wara[export]', or the bundle's requirements.txt"
@@ -330,10 +329,3 @@ def session(model: bytes, where: str, threads: int | None = None) -> Any:
         remedy = "install the onnxruntime of the bundle's requirements.txt"
         raise WaraError("artefact", what, where, remedy) from error
     return made
-
-
-def processors() -> int:
-    """Number of processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

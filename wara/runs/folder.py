@@ -13,15 +13,22 @@ from filelock import FileLock, Timeout
 
 from wara import storage
 from wara.errors import WaraError, storage_error
+from wara.runs.report import FIGURES
 
 _LOCK = ".lock"
 
 # All that a run writes at the top of its folder; and of these, what it writes first or deletes
 # last, so that one of them is there whenever it was killed.
 _SIGNS = frozenset({_LOCK, "config.yaml", "provenance.json", "train.log"})
-_OWN = _SIGNS | {
+_INSIDE = {
+    "adapter": {"adapter_config.json", "adapter_model.safetensors"},
+    "checkpoints": {"last.ckpt", "best.ckpt"},
+    "plots": {f"{name}.png" for name in FIGURES},
+}
+"""What it writes in its folders; those of the loggers are theirs as a whole."""
+_OWN = _SIGNS | _INSIDE.keys() | {
     "splits.csv", "metrics.csv", "metrics.json", "predictions_val.csv", "predictions_test.csv",
-    "report.md", "adapter", "checkpoints", "plots", "wandb", "tensorboard",
+    "report.md", "wandb", "tensorboard",
 }  # fmt: skip
 
 
@@ -110,8 +117,8 @@ class RunFolder:
             state = self.status
             raise WaraError(
                 "config", f"the run folder exists ({state})", str(self.path),
-                "use --resume to go on from its last checkpoint, --overwrite to delete it and "
-                "start again, or --out for another folder",
+                "use --resume to go on from its last checkpoint, --overwrite to delete what it "
+                "wrote and start again, or --out for another folder",
             )  # fmt: skip
 
     def check_writable(self) -> None:
@@ -147,7 +154,7 @@ class RunFolder:
         return ""
 
     def open(self, *, overwrite: bool = False) -> None:
-        """Make the folder, take the lock, and clear it if `overwrite`.
+        """Make the folder, take the lock, and delete what a run wrote there if `overwrite`.
 
         The lock is the kernel's: it is gone when its process is, however that ended. The pid and
         host beside it only tell whom to wait for.
@@ -185,7 +192,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove what a run that failed before its first checkpoint wrote, and give back the lock.
 
-        A folder that was there before the run stays, empty.
+        A folder that was there before the run stays, and so do files that no run writes.
         """
         self._clear()
         self.close()
@@ -194,14 +201,21 @@ class RunFolder:
                 self.path.rmdir()
 
     def _clear(self) -> None:
+        """Delete what runs write, and nothing else: users keep notes beside their results."""
         # What tells a run's folder from another goes last, for a kill in between.
         last = [self.provenance.name, self.config.name]
-        entries = [entry for entry in self.path.iterdir() if entry.name != _LOCK]
-        for entry in sorted(entries, key=lambda e: e.name in last and 1 + last.index(e.name)):
-            if entry.is_dir() and not entry.is_symlink():
+        own = [entry for entry in self.path.iterdir() if entry.name in _OWN - {_LOCK}]
+        for entry in sorted(own, key=lambda e: e.name in last and 1 + last.index(e.name)):
+            if entry.is_symlink() or not entry.is_dir():
+                entry.unlink()
+            elif entry.name not in _INSIDE:
                 shutil.rmtree(entry)
             else:
-                entry.unlink()
+                for name in _INSIDE[entry.name]:
+                    (entry / name).unlink(missing_ok=True)
+                storage.remove_temps(entry)
+                with contextlib.suppress(OSError):  # something of the user's is left in it
+                    entry.rmdir()
 
 
 def _describe(path: Path) -> str:

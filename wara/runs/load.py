@@ -14,8 +14,22 @@ from wara.config import RunConfig, load_config
 from wara.errors import WaraError
 from wara.images import ImageSpec
 from wara.runs.folder import RunFolder
-from wara.runs.tables import PredictionTable, SplitRow, read_curves, read_predictions, read_splits
-from wara.storage import file_sha256, read_json
+from wara.runs.records import (
+    MetricsFile,
+    ProvenanceFile,
+    other_writer,
+    read_record,
+    writer_of,
+)
+from wara.runs.tables import (
+    AS_WRITTEN,
+    PredictionTable,
+    SplitRow,
+    read_curves,
+    read_predictions,
+    read_splits,
+)
+from wara.storage import file_sha256
 from wara.vit import BackboneInfo
 
 
@@ -73,8 +87,8 @@ class Run:
             WaraError: kind `artefact` when the weights cannot be had or are not those of the run.
         """
         wanted = self.backbone
-        given = weights if weights is not None else self.config.backbone.weights
-        remedy = f"bring back the weights with SHA-256 {wanted.weights_sha256}"
+        given = weights if weights is not None else self._weights()
+        remedy = f"name the file with SHA-256 {wanted.weights_sha256}: model(weights=PATH)"
         if given is not None:
             path = Path(given).expanduser()
             if not path.is_file():
@@ -90,41 +104,62 @@ class Run:
 
     def predictions(self, split: str) -> PredictionTable:
         """Return the predictions for `val` or `test`."""
-        return read_predictions(self.folder.predictions(split))
+        path = self.folder.predictions(split)
+        return read_predictions(path, classes=self.classes, task=self.task)
 
     def splits(self) -> list[SplitRow]:
         """Return what each image is, and which split it is in."""
-        return read_splits(self.folder.splits)
+        return read_splits(self.folder.splits, classes=self.classes, task=self.task)
 
     def curves(self) -> list[dict[str, float | None]]:
         """Return the metrics of each epoch."""
         return read_curves(self.folder.curves)
+
+    def _weights(self) -> str | None:
+        """Return where the run found the backbone's weights, when the user had named a file."""
+        named = self.config.backbone.weights
+        if named is None or Path(named).expanduser().is_file():
+            return named
+        # The config has the path as it was given, which counts from another folder.
+        return str(self.provenance["backbone"].get("weights", named))
 
 
 def load_run(folder: str | Path) -> Run:
     """Read the folder of a finished run.
 
     Raises:
-        WaraError: kind `artefact` when the folder is not a finished run's, or a file is damaged.
+        WaraError: kind `artefact` when the folder is not a finished run's, a file is damaged, or
+            another version of wara wrote it in another form.
     """
     run = RunFolder(folder)
-    remedy = "give the folder of a finished run"
     if not run.is_run:
+        remedy = "give the folder of a finished run"
         raise WaraError("artefact", "not the folder of a run", str(run.path), remedy)
+    provenance = read_record(run.provenance, ProvenanceFile)
     if run.status != "finished":
         remedy = f"finish it: wara train --cfg {run.config} --out {run.path} --resume"
         raise WaraError(
             "artefact", f"the run is not finished ({run.status})", str(run.path), remedy
         )
     try:
-        config = load_config(run.config)
-        metrics, provenance = read_json(run.metrics), read_json(run.provenance)
-    except (OSError, ValueError) as error:
-        raise WaraError("artefact", f"cannot read: {error}", str(run.path), remedy) from error
+        return _read(run, provenance)
     except WaraError as error:
-        raise WaraError("artefact", error.what, error.where, remedy) from error
+        other = other_writer(provenance)
+        if not other:
+            raise
+        remedy = f"read it with wara {writer_of(provenance)}, or train again"
+        what = f"{other}, which does not read it: {error.what}"
+        raise WaraError("artefact", what, error.where, remedy) from error
+
+
+def _read(run: RunFolder, provenance: dict[str, Any]) -> Run:
+    try:
+        config = load_config(run.config)
+    except WaraError as error:
+        raise WaraError("artefact", error.what, error.where, error.remedy or AS_WRITTEN) from error
+    metrics = read_record(run.metrics, MetricsFile)
     adapter = read_adapter(run.adapter)
     if adapter.backbone is None or not adapter.classes or adapter.task is None:
         what = "the adapter does not say what it was trained for"
-        raise WaraError("artefact", what, str(run.adapter), remedy)
+        raise WaraError("artefact", what, str(run.adapter), AS_WRITTEN)
     return Run(run, config, adapter, metrics, provenance)

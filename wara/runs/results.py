@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from wara.adapters import save_adapter, singular_values, subband_energy
+from wara.data.balance import class_counts
 from wara.evaluation import plots
-from wara.evaluation.metrics import evaluate, metric_names
-from wara.evaluation.predict import Predictions, predict
+from wara.evaluation.predict import Predictions
+from wara.evaluation.split import Split
 from wara.runs import report, tables
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress
@@ -19,8 +20,6 @@ from wara.storage import write_json, write_text
 from wara.vit import BackboneInfo
 
 _ENERGY_IMAGES = 32  # enough for a stable mean; the figure is about shares
-
-Scores = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,10 @@ class Facts:
         bits: how 16-bit files were read, see `wara.images.ImageSpec`.
         greys: how DICOM files were read.
         method: name of the method.
-        seed: of the run and of the bootstrap.
+        seed: of the run.
         counts: trained and frozen parameters, see `count_parameters`.
         banners: what a reader must not miss.
         plan: lines of the plan.
-        weights: path of the backbone's weights, where the user gave one.
     """
 
     dataset: str
@@ -57,66 +55,6 @@ class Facts:
     counts: Mapping[str, int]
     banners: Sequence[str]
     plan: Sequence[str]
-    weights: str | None
-
-
-@dataclass(frozen=True)
-class Split:
-    """One evaluated split.
-
-    Args:
-        found: predictions.
-        files: name of each image.
-        patients: who each image shows; None where not known.
-        scores: metrics with intervals.
-    """
-
-    found: Predictions
-    files: list[str]
-    patients: list[str | None]
-    scores: Scores
-
-
-def evaluate_split(
-    model: nn.Module,
-    batches: Iterable[dict[str, Any]],
-    records: Sequence[Any],
-    facts: Facts,
-    *,
-    name: str,
-    bootstrap: int,
-    pause: Callable[[], None] = lambda: None,
-) -> Split:
-    """Predict the images of a split and score them.
-
-    Args:
-        model: in the state to judge.
-        batches: of the split, see `wara.data.eval_batches`.
-        records: all of the data set, with `file` and `patient`.
-        facts: of the run.
-        name: `val` or `test`.
-        bootstrap: resamples behind the intervals.
-        pause: called before each batch; may raise, to stop.
-    """
-    count = len(facts.classes)
-    found = predict(model, batches, task=facts.task, classes=count, pause=pause)
-    files = [records[i].file for i in found.index]
-    patients = [records[i].patient for i in found.index]
-    if not files:
-        reason = f"there are no {name} images"
-        nothing = {"value": None, "low": None, "high": None, "n": 0, "reason": reason}
-        scores = {metric: dict(nothing) for metric in metric_names(facts.task, facts.classes)}
-        return Split(found, files, patients, scores)
-    scores = evaluate(
-        found.labels,
-        found.probs,
-        task=facts.task,
-        classes=facts.classes,
-        patients=None if set(patients) == {None} else patients,
-        bootstrap=bootstrap,
-        seed=facts.seed,
-    )
-    return Split(found, files, patients, scores)
 
 
 def write_results(
@@ -128,6 +66,7 @@ def write_results(
     progress: Progress,
     *,
     epochs: int,
+    warmup_epochs: float,
     bootstrap: int,
     peak_memory_mb: float,
 ) -> dict[str, Any]:
@@ -141,6 +80,7 @@ def write_results(
         images: `[b, 3, H, W]`, some of the split that figures show, on the model's device.
         progress: how training went.
         epochs: planned number of epochs.
+        warmup_epochs: length of the warm-up.
         bootstrap: resamples behind the intervals.
         peak_memory_mb: most memory that training took.
 
@@ -187,6 +127,7 @@ def write_results(
     )
     shown = shown_split(splits)
     _figures(folder, facts, splits[shown].found, model, images[:_ENERGY_IMAGES], progress)
+    classes = [_class_table(name, split.found, facts) for name, split in splits.items()]
     clustered = any(p is not None for split in splits.values() for p in split.patients)
     resampled = (
         f"Values with 95 % intervals from {bootstrap} bootstrap resamples of "
@@ -203,18 +144,39 @@ def write_results(
             f"{progress.seconds:.0f} s, peak memory {peak_memory_mb:.0f} MB",
             f"best epoch {progress.best_epoch} by {progress.monitor} on the validation images "
             f"({progress.best_value:.4f}); everything below is that epoch's, in float32",
+            *_remarks(progress, warmup_epochs),
+            *filter(None, (table.never(facts.classes) for table in classes)),
         ],
+        classes=facts.classes,
+        tables=classes,
         val=splits["val"].scores,
         test=splits["test"].scores,
         plots=folder.plots,
         shown="test" if shown == "test" else "validation",
         resampled=resampled,
-        usage=report.usage(facts.backbone, len(facts.classes), facts.weights),
     )
     write_text(folder.report, text)
     # Last: a folder with metrics.json holds everything else too.
     write_json(folder.metrics, metrics)
     return metrics
+
+
+def _remarks(progress: Progress, warmup_epochs: float) -> list[str]:
+    """Return what a reader should doubt about the best epoch."""
+    if not 0 < progress.best_epoch <= warmup_epochs:
+        return []
+    return [
+        f"the best epoch lies inside the warm-up of {warmup_epochs:g} epochs, before the learning "
+        "rate had its full size: lower lr, or look whether the validation images are enough to "
+        "choose by"
+    ]
+
+
+def _class_table(name: str, found: Predictions, facts: Facts) -> report.ClassTable:
+    count = len(facts.classes)
+    images, predicted = (class_counts(part, count) for part in (found.labels, found.predicted))
+    words = {"val": "validation"}.get(name, name)
+    return report.ClassTable(words, images.tolist(), predicted.tolist())
 
 
 def shown_split(splits: Mapping[str, Split]) -> str:
@@ -232,7 +194,13 @@ def _figures(
 ) -> None:
     where, classes, synthetic = folder.plots, facts.classes, facts.synthetic
     labels, probs = found.labels, found.probs
-    plots.learning_curves(progress.history, where / "learning_curves.png", synthetic=synthetic)
+    plots.learning_curves(
+        progress.history,
+        where / "learning_curves.png",
+        monitor=progress.monitor,
+        best_epoch=progress.best_epoch,
+        synthetic=synthetic,
+    )
     plots.roc_curves(labels, probs, classes, where / "roc.png", synthetic=synthetic)
     plots.pr_curves(labels, probs, classes, where / "pr.png", synthetic=synthetic)
     plots.confusion(labels, found.predicted, classes, where / "confusion.png", synthetic=synthetic)

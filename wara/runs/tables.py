@@ -1,27 +1,33 @@
 """The tables of a run folder, written and read; their columns are a public contract.
 
-`synthetic` comes last in each of them, so that the contract's columns keep their places.
+Classes stand in them by name, as a reader of a spreadsheet wants them, with their numbers beside;
+the numbers are what is read back. `synthetic` comes last in each table, so that the contract's
+columns keep their places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from wara.data.splits import SPLITS
 from wara.errors import WaraError
 from wara.evaluation.predict import Predictions
 from wara.storage import read_csv, write_csv
 
 Label = int | tuple[int, ...]
-_REMEDY = "give the folder of a finished run, as it was written"
+AS_WRITTEN = "bring back the file as the run wrote it, or train again"
+"""What helps when a file of a run folder is damaged."""
+_SEVERAL = "|"
 
 
 class SplitRow(NamedTuple):
-    """One row of `splits.csv`."""
+    """One row of `splits.csv`; the label as a number, or 0/1 per class."""
 
     file: str
     label: Label
@@ -47,26 +53,44 @@ class PredictionTable:
     predictions: Predictions
 
 
-def write_splits(path: Path, rows: Sequence[SplitRow], *, synthetic: bool) -> None:
-    """Write `splits.csv`."""
-    _write(path, SplitRow._fields, split_cells(rows), synthetic)
+def write_splits(
+    path: Path, rows: Sequence[SplitRow], *, classes: Sequence[str], synthetic: bool
+) -> None:
+    """Write `splits.csv`: file, label, label_index, patient, split, sha256."""
+    columns = ["file", "label", "label_index", "patient", "split", "sha256"]
+    cells = [
+        (r.file, label_names(r.label, classes), _index(r.label), r.patient, r.split, r.sha256)
+        for r in rows
+    ]
+    _write(path, columns, cells, synthetic)
 
 
-def split_cells(rows: Sequence[SplitRow]) -> list[tuple[str | None, ...]]:
-    """Return the rows as they stand in `splits.csv`."""
-    return [(r.file, label_text(r.label), r.patient, r.split, r.sha256) for r in rows]
+def hashed_cells(rows: Sequence[SplitRow]) -> list[tuple[str | None, ...]]:
+    """Return what the data of a run are known by, see `provenance.data_sha256`."""
+    return [(r.file, _index(r.label), r.patient, r.split, r.sha256) for r in rows]
 
 
-def read_splits(path: Path) -> list[SplitRow]:
+def read_splits(path: Path, *, classes: Sequence[str], task: str) -> list[SplitRow]:
     """Read `splits.csv`.
+
+    Args:
+        path: of the table.
+        classes: names of the outputs.
+        task: `binary | multiclass | multilabel | ordinal`.
 
     Raises:
         WaraError: kind "artefact" when it is not such a table.
     """
-    return [
-        SplitRow(r["file"], parse_label(r["label"]), r["patient"] or None, r["split"], r["sha256"])
-        for r in _read(path, SplitRow._fields)[1]
-    ]
+    found = []
+    wanted = ["file", "label", "label_index", "patient", "split", "sha256"]
+    for row in _read(path, wanted)[1]:
+        if row["split"] not in SPLITS:
+            raise row.fault("split", f"one of {', '.join(SPLITS)}")
+        label = row.label("label", classes, task)
+        found.append(
+            SplitRow(row["file"], label, row["patient"] or None, row["split"], row["sha256"])
+        )
+    return found
 
 
 def write_curves(
@@ -83,10 +107,9 @@ def read_curves(path: Path) -> list[dict[str, float | None]]:
     Raises:
         WaraError: kind "artefact" when it is not such a table.
     """
-    return [
-        {key: float(cell) if cell else None for key, cell in row.items() if key != "synthetic"}
-        for row in _read(path, ["epoch"])[1]
-    ]
+    columns, rows = _read(path, ["epoch"])
+    names = [name for name in columns if name != "synthetic"]
+    return [{name: row.number(name) if row[name] else None for name in names} for row in rows]
 
 
 def write_predictions(
@@ -98,61 +121,97 @@ def write_predictions(
     classes: Sequence[str],
     synthetic: bool,
 ) -> None:
-    """Write `predictions_<split>.csv`: file, patient, label, pred, prob_*, logit_*.
+    """Write `predictions_<split>.csv`.
 
-    Multilabel labels and predictions are written as 0/1 digits joined by spaces, in class order.
-    Numbers are written so that they read back as the same float.
+    Columns: file, patient, label, label_index, pred, pred_index, prob_*, logit_*. Several labels
+    of one image are joined by `|`; where it has none, the cell is empty. Numbers are written so
+    that they read back as the same float.
     """
-    columns = ["file", "patient", "label", "pred"]
+    columns = ["file", "patient", "label", "label_index", "pred", "pred_index"]
     columns += [f"prob_{name}" for name in classes] + [f"logit_{name}" for name in classes]
     rows = [
-        [file, patient, label_text(label), label_text(pred)]
-        + [repr(float(value)) for value in (*prob, *logit)]
+        [
+            file, patient,
+            label_names(label, classes), _index(label), label_names(pred, classes), _index(pred),
+            *(repr(float(value)) for value in (*prob, *logit)),
+        ]
         for file, patient, label, pred, prob, logit in zip(
             files, patients, found.labels, found.predicted, found.probs, found.logits, strict=True
         )
-    ]
+    ]  # fmt: skip
     _write(path, columns, rows, synthetic)
 
 
-def read_predictions(path: Path) -> PredictionTable:
-    """Read `predictions_<split>.csv`.
-
-    Raises:
-        WaraError: kind "artefact" when it is not such a table.
-    """
-    columns, rows = _read(path, ["file", "patient", "label", "pred"])
-    classes = [name.removeprefix("prob_") for name in columns if name.startswith("prob_")]
+def read_predictions(path: Path, *, classes: Sequence[str], task: str) -> PredictionTable:
+    """Read `predictions_<split>.csv`; arguments and errors as `read_splits`."""
+    wanted = ["file", "patient", "label", "label_index", "pred", "pred_index"]
+    wanted += [f"{kind}_{name}" for kind in ("prob", "logit") for name in classes]
+    rows = _read(path, wanted)[1]
 
     def numbers(kind: str) -> np.ndarray[Any, Any]:
-        table = [[float(row[f"{kind}_{name}"]) for name in classes] for row in rows]
+        table = [[row.number(f"{kind}_{name}") for name in classes] for row in rows]
         return np.array(table, np.float64).reshape(len(rows), len(classes))
 
-    try:
-        found = Predictions(
-            index=np.arange(len(rows)),
-            labels=np.array([parse_label(row["label"]) for row in rows], np.int64),
-            logits=numbers("logit").astype(np.float32),
-            probs=numbers("prob"),
-            predicted=np.array([parse_label(row["pred"]) for row in rows], np.int64),
-        )
-    except (KeyError, ValueError) as error:
-        what = f"not a table of predictions: {error}"
-        raise WaraError("artefact", what, str(path), _REMEDY) from error
+    def labels(column: str) -> np.ndarray[Any, Any]:
+        shape = (len(rows), len(classes)) if task == "multilabel" else len(rows)
+        found = [row.label(column, classes, task) for row in rows]
+        return np.array(found, np.int64).reshape(shape)
+
+    found = Predictions(
+        index=np.arange(len(rows)),
+        labels=labels("label"),
+        logits=numbers("logit").astype(np.float32),
+        probs=numbers("prob"),
+        predicted=labels("pred"),
+    )
     patients = [row["patient"] or None for row in rows]
-    return PredictionTable([row["file"] for row in rows], patients, classes, found)
+    return PredictionTable([row["file"] for row in rows], patients, list(classes), found)
 
 
-def label_text(label: Any) -> str:
-    """A label as it stands in a table: its number, or its 0/1 digits joined by spaces."""
+def label_names(label: Any, classes: Sequence[str]) -> str:
+    """Return a label as it stands in a table: the name of its class, or of each, joined by `|`."""
+    return _SEVERAL.join(classes[i] for i in _numbers(label))
+
+
+def _index(label: Any) -> str:
+    return _SEVERAL.join(map(str, _numbers(label)))
+
+
+def _numbers(label: Any) -> list[int]:
     values = np.asarray(label)
-    return " ".join(str(int(v)) for v in values) if values.ndim else str(int(values))
+    return [int(i) for i in np.flatnonzero(values)] if values.ndim else [int(values)]
 
 
-def parse_label(text: str) -> Label:
-    """Read what `label_text` wrote; a multilabel task has several digits."""
-    digits = tuple(int(part) for part in text.split(" "))
-    return digits if len(digits) > 1 else digits[0]
+class _Row(dict[str, str]):
+    """A row that knows where it stands, for what is said of a damaged cell."""
+
+    place = ""
+
+    def fault(self, column: str, wanted: str) -> WaraError:
+        what = f"{column} is '{self[column][:40]}', which is not {wanted}"
+        return WaraError("artefact", what, self.place, AS_WRITTEN)
+
+    def number(self, column: str) -> float:
+        try:
+            value = float(self[column])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise self.fault(column, "a finite number")
+        return value
+
+    def label(self, column: str, classes: Sequence[str], task: str) -> Label:
+        index = f"{column}_index"
+        several = task == "multilabel"
+        parts = self[index].split(_SEVERAL) if self[index] or not several else []
+        known = {str(i): i for i in range(len(classes))}
+        if not set(parts) <= known.keys() or len(parts) != (len(set(parts)) if several else 1):
+            raise self.fault(index, "the number of a class" + " or several" * several)
+        chosen = [known[part] for part in parts]
+        label = tuple(int(i in chosen) for i in range(len(classes))) if several else chosen[0]
+        if self[column] != label_names(label, classes):
+            raise self.fault(column, f"the class of its number {self[index]}")
+        return label
 
 
 def _write(
@@ -162,9 +221,16 @@ def _write(
     write_csv(path, [*columns, "synthetic"], [[*row, stamp] for row in rows])
 
 
-def _read(path: Path, wanted: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
+def _read(path: Path, wanted: Sequence[str]) -> tuple[list[str], list[_Row]]:
     columns, rows = read_csv(path)
     lacking = [name for name in wanted if name not in columns]
     if lacking:
-        raise WaraError("artefact", f"no column {', '.join(lacking)}", str(path), _REMEDY)
-    return columns, rows
+        raise WaraError("artefact", f"no column {', '.join(lacking)}", str(path), AS_WRITTEN)
+    return columns, list(_placed(path, rows))
+
+
+def _placed(path: Path, rows: Sequence[Mapping[str, str]]) -> Iterator[_Row]:
+    for number, cells in enumerate(rows, start=1):
+        row = _Row(cells)
+        row.place = f"{path} row {number}"
+        yield row

@@ -142,10 +142,6 @@ class Augment:
         pipeline.set_random_seed(int(seed) % 2**32)
         return pipeline(image=np.ascontiguousarray(array))["image"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker builds its own pipeline.
-        return {"preset": self.preset, "_pipelines": {}}
-
 
 def build_augment(preset: str) -> Augment:
     """Return the augmentation of that name.

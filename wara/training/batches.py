@@ -110,25 +110,13 @@ class ImageDataModule(pl.LightningDataModule):
         self.batch_size, self.workers = batch_size, workers
         self.augment = CountedAugment(build_augment(augment), seed)
         self.indices = {split: np.flatnonzero([own == split for own in splits]) for split in SPLITS}
-        self._epoch = 0
-        self._sampler: CountedSampler | None = None
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass over the training images that of `epoch`.
-
-        Under a Lightning trainer its `current_epoch` is used without this call.
-        """
-        self._epoch = epoch
-        if self._sampler is not None:
-            self._sampler.set_epoch(epoch)
 
     def train_dataloader(self) -> DataLoader:
         """Return shuffled and augmented batches; the last one may be smaller."""
-        if self.trainer is not None:
-            self._epoch = self.trainer.current_epoch
-        self._sampler = self._sampler_of("train", shuffle=True)
-        self._sampler.set_epoch(self._epoch)
-        return self._loader(self._sampler, self.augment)
+        sampler = self._sampler_of("train", shuffle=True)
+        if self.trainer is not None:  # it tells later epochs, but not where a resumed run begins
+            sampler.set_epoch(self.trainer.current_epoch)
+        return self._loader(sampler, self.augment)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation images in order, without augmentation."""
@@ -147,10 +135,10 @@ class ImageDataModule(pl.LightningDataModule):
             self.image_set,
             sampler,
             self.spec,
+            indices=sampler.indices.tolist(),
             batch_size=self.batch_size,
             workers=self.workers,
             augment=augment,
-            seed=self.seed,
         )
 
 

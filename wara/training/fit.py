@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,45 +13,66 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
 from wara.adapters import load_adapter_state
+from wara.data.imageset import ImageSet
+from wara.images import ImageSpec
+from wara.runs.progress import Progress
 from wara.training.bar import ProgressBar
 from wara.training.batches import ImageDataModule
 from wara.training.console import silence_libraries
 from wara.training.journal import Journal, exhausted
-from wara.training.setup import Prepared
+from wara.training.recipe import Recipe
 from wara.training.task import FineTuning
 
 
 def fit(
-    run: Prepared, journal: Journal, last: dict[str, Any] | None, *, scratch: Path
-) -> nn.Module:
-    """Train the model of a prepared run until its recipe or its patience is done.
+    model: nn.Module,
+    recipe: Recipe,
+    images: ImageSet,
+    splits: Sequence[str],
+    spec: ImageSpec,
+    *,
+    journal: Journal | None = None,
+    last: dict[str, Any] | None = None,
+    scratch: Path | None = None,
+) -> Progress:
+    """Train a model until its recipe or its patience is done; it is left as the last epoch ends.
 
     Args:
-        run: the run; validation images choose the best epoch, test images are not looked at.
-        journal: keeps what happens, and the state to go on from.
+        model: an adapted model that maps images `[b, 3, h, w]` to logits `[b, c]`.
+        recipe: how to train it.
+        images: the data set.
+        splits: "train", "val" or "test" per record; validation images choose the best epoch, test
+            images are not looked at.
+        spec: what the network expects.
+        journal: keeps what happens, and the state to go on from; by default nothing is written.
         last: a checkpoint to go on from, see `checkpoint.read_last`.
         scratch: a folder that Lightning may write to.
 
     Returns:
-        The model as the last epoch left it.
+        How training went, epoch by epoch.
+
+    Raises:
+        WaraError: kind "nonfinite", when a loss, a gradient or an output is not finite.
     """
     silence_libraries()  # once more: Lightning sets its own level when it is imported
-    recipe, progress = run.recipe(), journal.progress
+    journal = journal or Journal()
+    progress = journal.progress
     module = FineTuning(
-        run.model,
+        model,
         recipe,
-        task=run.task,
-        classes=run.classes,
-        train_images=run.table.images["train"],
+        task=images.card.task,
+        classes=images.card.class_names,
+        train_images=list(splits).count("train"),
     )
     if last is not None:
-        load_adapter_state(run.model, last["state"])
-        module.method.load_training_state(run.model, last["method"])
+        load_adapter_state(model, last["state"])
+        module.method.load_training_state(model, last["method"])
         module.resume_optimiser = last["optimiser"]
         module.optimiser_step_count = progress.step
     if progress.epoch >= recipe.epochs or exhausted(progress, recipe.patience):
-        return run.model
-    module.stop_requested = lambda: journal.stop.requested
+        return progress
+    stop = journal.stop
+    module.stop_requested = lambda: stop.requested
     callbacks: list[pl.Callback] = [journal]
     if journal.console.interactive:
         callbacks.append(ProgressBar(journal.console, recipe.epochs))
@@ -73,7 +95,7 @@ def fit(
         callbacks=callbacks,
         deterministic=recipe.deterministic,
         benchmark=False,
-        default_root_dir=str(scratch),
+        default_root_dir=scratch,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -84,9 +106,9 @@ def fit(
     done: Any = trainer.fit_loop.epoch_progress.current
     done.ready = done.started = done.processed = done.completed = progress.epoch
     data = ImageDataModule(
-        run.images,
-        run.splits,
-        spec=run.backbone.spec,
+        images,
+        splits,
+        spec=spec,
         batch_size=recipe.batch_size,
         workers=recipe.workers,
         augment=recipe.augment,
@@ -99,4 +121,4 @@ def fit(
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    return run.model
+    return progress

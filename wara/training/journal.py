@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,10 +26,10 @@ class Journal(pl.Callback):
     when it says that its own epoch is the best, `best` is rebuilt from it on resume.
 
     Args:
-        folder: where to write; only the first process writes.
-        console: where to print.
-        stop: the signals.
-        progress: the state to go on from.
+        folder: where to write; only the first process writes, and without a folder none does.
+        console: where to print, if anywhere.
+        stop: the signals, if any are heeded.
+        progress: the state to go on from; by default the start.
         identity: plain values that a resumed run must agree with.
         synthetic: whether the images were drawn.
         sinks: called with (epoch, row), such as wandb.
@@ -38,17 +38,19 @@ class Journal(pl.Callback):
     def __init__(
         self,
         *,
-        folder: RunFolder,
-        console: Console,
-        stop: StopSignals,
-        progress: Progress,
-        identity: dict[str, Any],
-        synthetic: bool,
-        sinks: list[Callable[[int, Row], None]] | None = None,
+        folder: RunFolder | None = None,
+        console: Console | None = None,
+        stop: StopSignals | None = None,
+        progress: Progress | None = None,
+        identity: dict[str, Any] | None = None,
+        synthetic: bool = False,
+        sinks: Sequence[Callable[[int, Row], None]] = (),
     ) -> None:
-        self.folder, self.console, self.stop = folder, console, stop
-        self.progress, self.identity, self.synthetic = progress, identity, synthetic
-        self.sinks = sinks or []
+        self.folder, self.sinks = folder, sinks
+        self.console = console or Console(enabled=False)
+        self.stop = stop or StopSignals()
+        self.progress = progress or Progress()
+        self.identity, self.synthetic = identity or {}, synthetic
         self._began = time.perf_counter()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,6 +128,8 @@ class Journal(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, module: FineTuning, improved: bool) -> None:
         folder, progress = self.folder, self.progress
+        if folder is None:
+            return
         state = {n: t.detach().cpu() for n, t in adapter_state_dict(module.model).items()}
         method = module.method.training_state(module.model)
         optimiser = trainer.optimizers[0].state_dict()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wara.data.balance import class_weights, imbalance_ratio, positive_weights
@@ -14,6 +16,8 @@ from wara.errors import WaraError, WaraErrors
 from wara.evaluation.metrics import metric_names
 
 IMBALANCE = 3.0
+HEAVY = 20.0
+"""A weight above this lets single images steer the training, which is said."""
 LOSSES = ("ce", "weighted_ce", "focal", "bce")
 
 
@@ -46,7 +50,7 @@ def resolve_loss(loss: str, task: str, counts: Sequence[int]) -> tuple[str, str]
     if task != "multilabel" and loss == "bce":
         raise WaraError(
             "config", "loss 'bce' is for several labels per image", "loss",
-            f"use ce, weighted_ce, focal or auto for a {task} data set",
+            f"use ce, weighted_ce, focal or auto, for the task is {task}",
         )  # fmt: skip
     return loss, "chosen in the config"
 
@@ -76,7 +80,7 @@ def check_options(loss: str, task: str, *, smoothing: float, monitor: str) -> No
     if monitor not in metrics:
         faults.append(
             WaraError(
-                "config", f"'{monitor}' is not defined for a {task} data set", "monitor",
+                "config", f"'{monitor}' is not defined where the task is {task}", "monitor",
                 f"use one of {', '.join(metrics)}",
             )
         )  # fmt: skip
@@ -85,7 +89,13 @@ def check_options(loss: str, task: str, *, smoothing: float, monitor: str) -> No
 
 
 def loss_weights(
-    loss: str, task: str, counts: Sequence[int], images: int
+    loss: str,
+    task: str,
+    counts: Sequence[int],
+    images: int,
+    *,
+    classes: Sequence[str],
+    most: float | None,
 ) -> tuple[Tensor | None, str]:
     """Weights that go with the loss, and how the plan says it.
 
@@ -97,16 +107,38 @@ def loss_weights(
         task: of the data set.
         counts: training images per class (positives per label).
         images: training images.
+        classes: `c` names.
+        most: largest weight; None leaves them as the counts make them.
+
+    Returns:
+        float32 `[c]`, or None for a loss without weights; and the words, empty without weights.
     """
     tally = np.asarray(counts)
     if loss == "weighted_ce":
-        return torch.from_numpy(class_weights(tally)), ""
+        return _weights(class_weights(tally), "class weights", classes, most)
     if loss == "auto" and task == "multilabel":
         weights = positive_weights(tally, images)
         if weights.max() > IMBALANCE:
-            low, high = weights.min(), weights.max()
-            return torch.from_numpy(weights), f", positives weighted {low:.2g} to {high:.3g}"
+            return _weights(weights, "positives weighted", classes, most)
     return None, ""
+
+
+def _weights(
+    wanted: NDArray[Any], noun: str, classes: Sequence[str], most: float | None
+) -> tuple[Tensor, str]:
+    """Return the weights that train, and the words: their range, the heavy ones, the cut ones."""
+    weights = wanted if most is None else wanted.clip(max=most)
+    words = f", {noun} {weights.min():.2g} to {weights.max():.3g}"
+    heavy = [
+        f"{name} {want:.3g}"
+        + (f" cut to {weight:.3g} by max_class_weight" if want > weight else "")
+        for name, want, weight in zip(classes, wanted, weights, strict=True)
+        if want > HEAVY or want > weight
+    ]
+    if heavy:
+        more = f" and {len(heavy) - 6} more" if len(heavy) > 6 else ""
+        words += f", few images weigh much: {', '.join(heavy[:6])}{more}"
+    return torch.from_numpy(weights.astype(np.float32)), words
 
 
 def loss_per_image(

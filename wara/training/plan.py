@@ -16,6 +16,8 @@ from wara.vit import BackboneInfo
 PHANTOM_BANNER = (
     "SYNTHETIC DATA: phantoms drawn by code, not patients. Numbers say nothing clinical."
 )
+FEW = 10
+"""Images of a class in a split below which the plan says so."""
 _SAID = {
     "user": "as set",
     "card": "its card",
@@ -71,6 +73,7 @@ def describe(run: Prepared) -> Plan:
             ("loss", f"{run.loss.name}{run.loss.weighted} ({run.loss.why})"),
             ("schedule", _schedule(run)),
             ("output", str(config.folder)),
+            *(("note", text) for text in _few(run.table)),
             *(("note", note) for note in run.notes if note not in banners),
         ),
     )
@@ -111,6 +114,12 @@ def _banners(run: Prepared) -> tuple[str, ...]:
             f"(backbone.name: {run.backbone.architecture.split('.')[0]}.<tag>)."
         )
     return tuple(banners)
+
+
+def _few(table: SplitTable) -> list[str]:
+    """Return what to say where a class has too few images for its numbers to mean much."""
+    rare = table.rare(FEW)
+    return [f"fewer than {FEW} images of a class, whose numbers say little: {rare}"] if rare else []
 
 
 def table_lines(table: SplitTable) -> list[str]:

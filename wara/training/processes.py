@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import wara
-from wara.data.imageset import processors
 from wara.errors import WaraError, WaraErrors
+from wara.images import processors
 from wara.training.signals import StopSignals
 
 _GRACE = 15.0  # seconds for the others to end once one process has failed

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from wara import __version__
 from wara.config import RunConfig, load_config
 from wara.errors import WaraError, WaraErrors
 from wara.runs.folder import RunFolder
-from wara.storage import read_json
+from wara.runs.records import ProvenanceFile, other_writer, read_record, writer_of
 from wara.training.setup import Prepared
 
 # May differ between a run and its resumption: they change where and how fast, not what.
@@ -26,7 +27,9 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
 
     Raises:
         WaraErrors: kind "config", a line per key.
+        WaraError: kind "artefact" when a version of wara that computes otherwise began the run.
     """
+    _check_version(folder)
     earlier = load_config(folder.config).resolved().model_dump(mode="json")
     keys = [key for key in differences(earlier, config.model_dump(mode="json")) if key not in _FREE]
     if keys:
@@ -36,6 +39,19 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
         )
 
 
+def _check_version(folder: RunFolder) -> None:
+    """Refuse a run of another series, 0.1 against 0.2: its settings and files mean other things."""
+    try:
+        provenance = read_record(folder.provenance, ProvenanceFile)
+    except WaraError:
+        return  # nobody knows; what differs is found below
+    written = writer_of(provenance)
+    if written.split(".")[:2] != __version__.split(".")[:2]:
+        what = f"{other_writer(provenance)}, which cannot go on with it"
+        remedy = f"go on with wara {written}, or start again with --overwrite or another --out"
+        raise WaraError("artefact", what, str(folder.path), remedy)
+
+
 def check_finished(folder: RunFolder, run: Prepared) -> None:
     """Refuse to take a finished run for this one when its data or base were others.
 
@@ -43,15 +59,11 @@ def check_finished(folder: RunFolder, run: Prepared) -> None:
         WaraError: kind "artefact".
     """
     remedy = "put back what the run was made with, or start again with --overwrite"
-    try:
-        found = read_json(folder.provenance)
-        pairs = {
-            "the images, labels or splits are": (found["data"]["sha256"], run.data_hash),
-            "the backbone is": (found["backbone"]["frozen_sha256"], run.base_hash),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"the record of the finished run is damaged: {error!r}"
-        raise WaraError("artefact", what, str(folder.provenance), remedy) from error
+    found = read_record(folder.provenance, ProvenanceFile)
+    pairs = {
+        "the images, labels or splits are": (found["data"].get("sha256"), run.data_hash),
+        "the backbone is": (found["backbone"].get("frozen_sha256"), run.base_hash),
+    }
     for words, (old, new) in pairs.items():
         if old != new:
             what = f"the run is finished, but {words} not those of now"

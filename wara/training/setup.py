@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wara.adapters import adapt, adaptation_of, base_hash, count_parameters
+from wara.adapters import (
+    adapt,
+    adaptation_of,
+    base_hash,
+    count_parameters,
+    parameter_groups,
+)
 from wara.backbones import NANO, build_backbone
 from wara.config import RunConfig
 from wara.data import gate, sources
@@ -20,7 +26,7 @@ from wara.data.balance import SplitTable
 from wara.data.imageset import ImageSet
 from wara.errors import WaraError
 from wara.runs.provenance import data_sha256
-from wara.runs.tables import SplitRow, split_cells
+from wara.runs.tables import SplitRow, hashed_cells
 from wara.training import losses
 from wara.training.recipe import Recipe
 from wara.vit import BackboneInfo
@@ -215,7 +221,7 @@ def prepare(
         images=images,
         splits=splits,
         rows=rows,
-        data_hash=data_sha256(split_cells(rows)),
+        data_hash=data_sha256(hashed_cells(rows)),
         table=table,
         notes=notes,
         model=model,
@@ -245,14 +251,36 @@ def _model(config: RunConfig, images: ImageSet) -> tuple[nn.Module, BackboneInfo
         **arguments,
     )
     torch.manual_seed(config.seed)
-    return adapt(model, config.adapter), info
+    model = adapt(model, config.adapter)
+    _check_groups(model, config)
+    return model, info
+
+
+def _check_groups(model: nn.Module, config: RunConfig) -> None:
+    """Refuse a method whose rates are not those of what trains, as one of the user's own may be."""
+    for group, parameters in parameter_groups(model).items():
+        if bool(parameters) == (group in config.rates):
+            continue
+        name, where = config.adapter.name, f"rates of '{config.adapter.name}'"
+        what, remedy = f"'{group}' trains but has no rate", f"add '{group}' to its rates"
+        if not parameters:
+            what = f"there is a rate for '{group}', of which '{name}' trains nothing here"
+            remedy = "drop it, or declare what trains; see docs/add_a_method.md"
+        raise WaraError("config", what, where, remedy)
 
 
 def _loss(config: RunConfig, task: str, table: SplitTable) -> Loss:
     counts = table.counts["train"]
     name, why = losses.resolve_loss(config.loss, task, counts)
     asked = "auto" if config.loss == "auto" and name == "bce" else name
-    weights, weighted = losses.loss_weights(asked, task, counts, table.images["train"])
+    weights, weighted = losses.loss_weights(
+        asked,
+        task,
+        counts,
+        table.images["train"],
+        classes=table.classes,
+        most=config.max_class_weight,
+    )
     return Loss(name, why, weights, weighted)
 
 

@@ -7,9 +7,6 @@ import threading
 from types import FrameType
 from typing import Any
 
-EXIT_SIGTERM = 143
-EXIT_SIGINT = 130
-
 
 class Stopped(SystemExit):
     """The run was asked to stop by a signal; a process that lets it pass exits 143 or 130."""

@@ -1,0 +1,265 @@
+"""What a run leaves in its folder, from the first line of its record to its results or its end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from wara.adapters import load_adapter_state
+from wara.cards import public_name
+from wara.config import dump_config
+from wara.errors import as_refusal
+from wara.evaluation.predict import Predictions
+from wara.evaluation.split import Split
+from wara.runs.folder import RunFolder
+from wara.runs.progress import Progress
+from wara.runs.provenance import Provenance, collect, peak_memory_mb
+from wara.runs.tables import label_names, write_curves, write_splits
+from wara.storage import write_text
+from wara.training.checkpoint import read_best, read_last, write_best
+from wara.training.console import Console
+from wara.training.loggers import Sinks, public_config
+from wara.training.plan import Plan
+from wara.training.setup import Prepared
+from wara.training.signals import Stopped
+
+
+class Record:
+    """The folder and the loggers of a run in the making.
+
+    Args:
+        run: the run.
+        folder: of the run.
+        console: where to print, and the log.
+        first: whether this is the first process; the others write nothing.
+        resume: whether to go on from the last checkpoint.
+    """
+
+    def __init__(
+        self, run: Prepared, folder: RunFolder, console: Console, *, first: bool, resume: bool
+    ) -> None:
+        self.run, self.folder, self.console = run, folder, console
+        self.first, self.resume = first, resume
+        self.progress = Progress()
+        self.provenance: Provenance | None = None
+        self.sinks = Sinks(console.say)
+        self.public = public_name(run.config.dataset, run.images.card.name)
+
+    @contextlib.contextmanager
+    def kept(self, *, overwrite: bool) -> Iterator[None]:
+        """Hold the folder, and leave it in order, whatever happens.
+
+        Raises:
+            WaraError: what happened, where it is no bug.
+        """
+        if self.first:
+            self.folder.open(overwrite=overwrite)
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            refusal = as_refusal(error)
+            if isinstance(error, Stopped) or refusal.kind == "bug" or refusal is error:
+                raise
+            raise refusal from error
+        finally:
+            self.sinks.close(1)
+            self.console.close()
+            self.folder.close()
+
+    def begin(self) -> dict[str, Any] | None:
+        """Write what is known before the first step; return the checkpoint to go on from, if any.
+
+        Raises:
+            WaraError: kind "artefact" when the checkpoint is damaged or of another run.
+        """
+        last = None
+        if self.resume:
+            found = read_last(self.folder.last, self.run.identity)
+            if found is not None:
+                self.progress, last = found
+        if self.first:
+            self._write_facts()
+            self._continue(last)
+            self._start_sinks()
+        return last
+
+    def _write_facts(self) -> None:
+        run, folder, synthetic = self.run, self.folder, self.run.images.synthetic
+        self.provenance = Provenance(
+            folder.provenance, _facts_of(run), synthetic=synthetic, resumed=self.resume
+        )
+        # Config and provenance make it a run folder; they come first, so that --overwrite and
+        # --resume know it for one whatever happens next.
+        stamp = f"# synthetic: {str(synthetic).lower()}\n"
+        write_text(folder.config, stamp + dump_config(run.config))
+        self.provenance.write()
+        write_splits(folder.splits, run.rows, classes=run.classes, synthetic=synthetic)
+        self.console.log_to(folder.log)
+
+    def _continue(self, last: dict[str, Any] | None) -> None:
+        progress, folder = self.progress, self.folder
+        if last is not None:
+            self.console.say(f"resuming after epoch {progress.epoch}")
+            # A kill may have come between the two checkpoints, or before the curves.
+            if progress.best_epoch == progress.epoch:
+                write_best(folder.best, progress.best_epoch, self.run.identity, last["state"])
+            write_curves(folder.curves, progress.history, synthetic=self.run.images.synthetic)
+        elif self.resume:
+            self.console.say("no checkpoint to resume from yet; starting from the first epoch")
+
+    def take_best(self) -> None:
+        """Put the best epoch's adapter and head into the model."""
+        run = self.run
+        state = read_best(self.folder.best, self.progress.best_epoch, run.identity)
+        load_adapter_state(run.model, state)
+
+    def end(self, plan: Plan, splits: Mapping[str, Split], images: Tensor) -> None:
+        """Write, log and print the results.
+
+        Args:
+            plan: of the run.
+            splits: `val` and `test`, evaluated.
+            images: `[b, 3, h, w]`, of the split that figures show.
+        """
+        from wara.runs.report import result_table
+        from wara.runs.results import Facts, write_results
+
+        run, config = self.run, self.run.config
+        facts = Facts(
+            dataset=run.images.card.name,
+            public=self.public,
+            synthetic=run.images.synthetic,
+            task=run.task,
+            classes=run.classes,
+            backbone=run.backbone,
+            bits=run.images.bits,
+            greys=run.images.greys,
+            method=config.adapter.name,
+            seed=config.seed,
+            counts=run.counts,
+            banners=plan.banners,
+            plan=plan.lines(),
+        )
+        metrics = write_results(
+            self.folder, facts, splits, run.model,
+            images.to(next(run.model.parameters()).device), self.progress,
+            epochs=config.epochs, warmup_epochs=config.warmup_epochs, bootstrap=config.bootstrap,
+            peak_memory_mb=peak_memory_mb(run.device.accelerator == "gpu"),
+        )  # fmt: skip
+        self._close_sinks(metrics, splits["test"].found)
+        assert self.provenance is not None
+        self.provenance.end("finished")
+        table = result_table(splits["val"].scores, splits["test"].scores)
+        self.console.result(table, self.folder, synthetic=facts.synthetic)
+
+    def _fail(self, error: BaseException) -> None:
+        """Leave the folder in order."""
+        refusal, progress, console = as_refusal(error), self.progress, self.console
+        if not self.first:
+            return
+        if isinstance(error, Stopped):
+            if self.provenance is not None:
+                self.provenance.end("interrupted")
+            console.final(
+                f"stopped by {error.signal_name} after {progress.epoch} of "
+                f"{self.run.config.epochs} epochs; go on with --resume"
+            )
+            return
+        console.log_only("".join(traceback.format_exception(error)).rstrip())
+        if not self.resume and progress.epoch == 0 and refusal.kind != "bug":
+            console.close()
+            with contextlib.suppress(OSError):
+                self.folder.discard()
+            return
+        # The first error is the one to report, also where this note cannot be written.
+        with contextlib.suppress(Exception):
+            if self.provenance is not None:
+                self.provenance.end("failed")
+        if progress.epoch and refusal.kind != "bug":
+            console.say(f"kept: the checkpoint after epoch {progress.epoch}")
+
+    def _start_sinks(self) -> None:
+        config, images = self.run.config, self.run.images
+        self.sinks.start(
+            self.folder.path,
+            wandb=config.wandb,
+            project=config.wandb_project,
+            name=f"{self.public}_{config.adapter.name}_s{config.seed}",
+            config={
+                **public_config(config.model_dump(mode="json")),
+                "synthetic": images.synthetic,
+            },
+            tensorboard=config.tensorboard,
+        )
+        # A resumed run starts a new file; with the rows so far it holds the whole curve.
+        for row in self.progress.history:
+            self.sinks.epoch(int(row["epoch"] or 0), row)
+
+    def _close_sinks(self, metrics: dict[str, Any], found: Predictions) -> None:
+        config, images = self.run.config, []
+        if config.wandb_images:
+            shown = zip(found.index[:8], found.labels[:8], found.predicted[:8], strict=True)
+            images = [
+                (
+                    self.run.images.read(int(i)),
+                    f"label {label_names(label, self.run.classes) or 'none'}, "
+                    f"predicted {label_names(guess, self.run.classes) or 'none'}",
+                )
+                for i, label, guess in shown
+            ]
+        self.sinks.results(
+            metrics=metrics | {"dataset": self.public},
+            labels=found.labels, probs=found.probs, predicted=found.predicted,
+            classes=self.run.classes, adapter=self.folder.adapter, images=images,
+        )  # fmt: skip
+        self.sinks.close(0)
+
+
+def _facts_of(run: Prepared) -> dict[str, Any]:
+    """Return what provenance tells of a run."""
+    config, images, backbone = run.config, run.images, run.backbone
+    return collect(
+        command=sys.argv,
+        seed=config.seed,
+        data={
+            "name": images.card.name,
+            "origin": images.origin,
+            "substituted_for": images.substituted_for,
+            "images": len(images.records),
+            "bits": images.bits,
+            "greys": images.greys,
+            "sha256": run.data_hash,
+        },
+        backbone={
+            "name": backbone.name,
+            "requested": config.backbone.name,
+            "architecture": backbone.architecture,
+            "options": backbone.options,
+            "pool": backbone.pool,
+            "mean": backbone.mean,
+            "std": backbone.std,
+            "statistics": backbone.statistics,
+            "interpolation": backbone.interpolation,
+            "layout": backbone.layout,
+            "part": backbone.part,
+            "left_out": backbone.left_out,
+            "weights": (
+                str(Path(config.backbone.weights).expanduser().absolute())
+                if config.backbone.weights
+                else backbone.weights_source
+            ),
+            "weights_sha256": backbone.weights_sha256,
+            "frozen_sha256": run.base_hash,
+        },
+        budget=run.budget and dict(zip(("asked", "wanted", "got"), run.budget, strict=True)),
+        device=run.device.name,
+        precision=run.device.precision,
+        processes=config.devices,
+    )
