@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -27,6 +29,7 @@ from wara.adapters.sparse import GAUSSIAN
 from wara.cards import load_card
 from wara.config import RunConfig, load_config
 from wara.data.imageset import DEPTHS
+from wara.deploy.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "datasets" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -137,11 +140,63 @@ def test_training_commands_run(where: str, words: list[str], workplace: Path) ->
     assert (workplace / "runs/x/metrics.json").is_file()
 
 
+def deploys(words: list[str]) -> bool:
+    return words[:1] == ["wara"] and words[1] in [verb.name for verb in VERBS]
+
+
+def shown_places(words: list[str], page: str) -> list[str]:
+    """Return words with a class that the images here have, and an output that is not there yet."""
+    named = {"malignant": "rough", "bundle": f"made_by_{page}"}
+    after = ["", *words]
+    return [
+        named[w] if w == "malignant" or (w == "bundle" and before == "--out") else w
+        for before, w in zip(after, words, strict=False)
+    ]
+
+
+@pytest.fixture
+def hospital(workplace: Path, bundle: Path) -> Path:
+    """The same, with a finished run, its bundle, images and a trace."""
+    shutil.copytree(bundle, workplace / "bundle")
+    shutil.copytree(bundle.parent / "run", workplace / "runs/retinamnist_wara_s0")
+    images = sorted((bundle.parent / "data/images").glob("*.png"))[:3]
+    (workplace / "images").mkdir()
+    for image in images:
+        shutil.copy(image, workplace / "images")
+    words = ["bundle", "images/", "--out", "first.csv", "--trace", "trace.jsonl", "--quiet"]
+    assert cli.main(["predict", *words]) == 0
+    return workplace
+
+
+@pytest.mark.parametrize(("where", "words"), [c for c in COMMANDS if deploys(c[1])])
+def test_commands_of_bundles_run(where: str, words: list[str], hospital: Path) -> None:
+    if "--explain" in words:
+        pytest.importorskip("captum")
+    if "--dicom-sr" in words:
+        pytest.importorskip("highdicom")
+    words = shown_places(words[1:], where.replace("/", "_").replace(":", "_"))
+    assert cli.main(words) == 0
+    if "--out" in words:
+        assert (hospital / words[words.index("--out") + 1]).exists()
+
+
+def test_every_field_of_a_manifest_is_explained(bundle: Path) -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    names = {*manifest, *manifest["input"], *manifest["parity"], *manifest["data"]}
+    names |= {key for key in manifest["operating_point"] if key != "validation"}
+    lacking = {name for name in names if f"`{name}`" not in page}
+    assert not lacking
+
+
 class Parsed(Exception):
     """A script has taken its arguments."""
 
 
-@pytest.mark.parametrize(("where", "words"), [c for c in COMMANDS if not trains(c[1])])
+OTHERS = [c for c in COMMANDS if not (trains(c[1]) or deploys(c[1]))]
+
+
+@pytest.mark.parametrize(("where", "words"), OTHERS)
 def test_other_commands(
     where: str, words: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,11 +206,13 @@ def test_other_commands(
     elif words[0] == "pip":
         (extra,) = re.findall(r"wara\[(\w+)\]", words[-1]) or [None]
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        assert words[1] == "install" and (
-            words[2:] == ["-e", "."] or extra in project["optional-dependencies"]
-        )
+        files = (["-e", "."], ["-r", "bundle/requirements.txt"])
+        assert words[1] == "install"
+        assert words[2:] in files or extra in project["optional-dependencies"]
     elif words[0] == "wara":
         assert cli.main(words[1:]) == 0
+    elif words[1] == "bundle/infer.py":  # what it does is the subject of tests of its own
+        assert not (ROOT / words[1]).exists()
     elif words[1] == "-m":
         monkeypatch.setattr(sys, "argv", words[2:])
         runpy.run_module(words[2], run_name="__main__")

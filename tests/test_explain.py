@@ -312,9 +312,9 @@ def test_numbers_go_on_where_a_call_stopped(
 def words_of(bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return what is written on the first picture."""
     kept: list[Any] = []
-    save = explain.save_png
+    save = explain.save
     monkeypatch.setattr(
-        explain, "save_png", lambda fig, *rest: kept.append(fig) or save(fig, *rest)
+        explain, "save", lambda fig, *rest: kept.append(fig) or save(fig, *rest)
     )
     assert predicted(bundle, images, "--explain", str(images.parent / "p"), "--allow-partial") == 0
     return [t.get_text() for t in kept[0].findobj(lambda artist: hasattr(artist, "get_text"))]

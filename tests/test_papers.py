@@ -704,22 +704,31 @@ def make_run(folder: Path, name: str, **options) -> Path:
     wara.save_adapter(
         model, run / "adapter", backbone=info, task="multiclass", classes=list(CLASSES)
     )
-    (run / "metrics.json").write_text(json.dumps({"synthetic": False}))
+    metrics = {
+        "synthetic": False, "dataset": "data", "backbone": info.name, "method": config.adapter.name,
+        "seed": 0, "adapter_params": 1, "head_params": 1, "epochs": 1, "best_epoch": 1,
+        "monitor": "auc_macro", "seconds": 1.0, "peak_memory_mb": 1.0, "val": {}, "test": {},
+    }  # fmt: skip
+    (run / "metrics.json").write_text(json.dumps(metrics))
     provenance = {
         "status": "finished",
         "synthetic": False,
+        "seed": 0,
         "data": {"name": "data"},
         "backbone": {"name": info.name, "requested": "test_vit"},
+        "versions": {},
     }
     (run / "provenance.json").write_text(json.dumps(provenance))
     with (run / "splits.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["file", "label", "patient", "split", "sha256", "synthetic"])
+        table.writerow(["file", "label", "label_index", "patient", "split", "sha256",
+                        "synthetic"])  # fmt: skip
         for i in range(6):
             path = f"images/{CLASSES[0]}_{i:03d}.png"
             content = (folder / "data" / path).read_bytes()
             split = "test" if i % 2 else "train"
-            table.writerow([path, 0, "", split, hashlib.sha256(content).hexdigest(), "false"])
+            digest = hashlib.sha256(content).hexdigest()
+            table.writerow([path, CLASSES[0], 0, "", split, digest, "false"])
     return run
 
 

@@ -571,10 +571,10 @@ def test_an_undefined_monitor_falls_back_to_the_loss(
 
 def test_multilabel(tmp_path: Path, folder: Path) -> None:
     make_images(tmp_path / "data")
-    rows = (tmp_path / "data" / "labels.csv").read_text().splitlines()
+    lines = (tmp_path / "data" / "labels.csv").read_text().splitlines()
     table = ["file,label,patient,split"]
-    for row in rows[1:]:
-        file, label, patient = row.split(",")
+    for line in lines[1:]:
+        file, label, patient = line.split(",")
         found = [label] + (["extra"] if int(patient.split("-")[1]) % 2 else [])
         split = "val" if int(patient.split("-")[1]) % 3 == 0 else "train"
         table.append(f"{file},{'|'.join(found)},{patient},{split}")
@@ -586,8 +586,12 @@ def test_multilabel(tmp_path: Path, folder: Path) -> None:
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val"]["auc_macro"]["value"] is not None
     with (tmp_path / "run" / "predictions_val.csv").open() as handle:
-        row = next(csv.DictReader(handle))
-    assert len(row["label"].split()) == 4 and set(row["label"]) <= set("01 ")
+        rows = list(csv.DictReader(handle))
+    names = ["calm", "extra", "mixed", "rough"]
+    for row in rows:
+        indices = [int(i) for i in row["label_index"].split("|")]
+        assert row["label"].split("|") == [names[i] for i in indices]
+    assert any("|" in row["label"] for row in rows)
 
 
 def test_no_test_images_are_said() -> None:

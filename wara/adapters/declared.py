@@ -11,6 +11,7 @@ from torch import nn
 from wara.adapters.base import AdapterLayer, Method
 from wara.errors import WaraError, suggest
 from wara.schema import fields_of
+from wara.vit import plain_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PAGE = "see docs/add_a_method.md"
@@ -42,7 +43,7 @@ def check_layers(model: nn.Module, method: Method, layers: Any) -> None:
     if not isinstance(layers, Mapping):
         remedy = "return a mapping from paths of modules to layers"
         raise WaraError("config", "it returns no mapping", where, remedy)
-    known = dict(model.named_modules(remove_duplicate=False))
+    known = {plain_name(name) for name, _ in model.named_modules(remove_duplicate=False)}
     for path, layer in layers.items():
         if path not in known or path == "":
             near = suggest(str(path), known)

@@ -150,7 +150,6 @@ def _described(content: dict[str, Any], method: Method) -> bytes:
         whole = content | {"sha256": canonical_sha256(content)}
         text = json.dumps(whole, indent=2, allow_nan=False).encode() + b"\n"
         found = _parse(text, "")
-        again = method_from_options(type(method), found.options)
     except (TypeError, ValueError, RecursionError) as error:
         what = f"the adapter's description is no JSON: {error}"
         remedy = "give plain values: text, finite numbers, lists, mappings with text as keys"
@@ -159,8 +158,8 @@ def _described(content: dict[str, Any], method: Method) -> bytes:
         what = f"the adapter's description could not be read again: {error.what}"
         remedy = "correct what save_adapter is given, or the options of the method"
         raise WaraError("config", what, "", remedy) from error
-    if again != method:
-        what = f"the options of {found.method} read back from JSON make another method"
+    if found.options != method.options():
+        what = f"the options of {found.method} read back from JSON are others"
         remedy = "give its options types that JSON can hold; see docs/add_a_method.md"
         raise WaraError("config", what, "adapter", remedy)
     return text

@@ -67,7 +67,7 @@ def find_method(name: str) -> type[Method]:
     offered = _offered()
     path = offered.get(name, name)
     module, colon, attribute = path.partition(":")
-    if not (module and colon and attribute):
+    if not colon:
         remedy = suggest(name, [*METHODS, *offered])
         raise WaraError("config", f"unknown method '{name}'", "adapter.method", remedy)
     found = _imported(path, module, attribute)
