@@ -88,6 +88,7 @@ def test_a_fit_reads_no_test_image_and_needs_no_folder(
     assert all(row["val_auc_macro"] is not None for row in progress.history)
     state = wara.adapters.adapter_state_dict(model)
     assert any(not torch.equal(state[name], start[name]) for name in start)
+    assert not torch.are_deterministic_algorithms_enabled()  # settings of the process stay
 
 
 def test_test_images_are_guarded_at_all() -> None:

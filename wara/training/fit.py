@@ -21,6 +21,7 @@ from wara.training.batches import ImageDataModule
 from wara.training.console import silence_libraries
 from wara.training.journal import Journal, exhausted
 from wara.training.recipe import Recipe
+from wara.training.setup import kernels
 from wara.training.task import FineTuning
 
 
@@ -84,41 +85,42 @@ def fit(
             # differ in number between processes.
             broadcast_buffers=False,
         )
-    trainer = pl.Trainer(
-        accelerator=recipe.accelerator,
-        devices=recipe.devices,
-        strategy=strategy,
-        plugins=[LightningEnvironment()],
-        precision=cast(Any, recipe.precision),
-        max_epochs=recipe.epochs,
-        accumulate_grad_batches=recipe.accumulate,
-        callbacks=callbacks,
-        deterministic=recipe.deterministic,
-        benchmark=False,
-        default_root_dir=scratch,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-    done: Any = trainer.fit_loop.epoch_progress.current
-    done.ready = done.started = done.processed = done.completed = progress.epoch
-    data = ImageDataModule(
-        images,
-        splits,
-        spec=spec,
-        batch_size=recipe.batch_size,
-        workers=recipe.workers,
-        augment=recipe.augment,
-        seed=recipe.seed,
-    )
-    module.train()
-    if recipe.accelerator == "gpu":
-        torch.cuda.reset_peak_memory_stats()
-    trainer.fit(module, datamodule=data)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    with kernels(recipe.deterministic):  # the trainer would set them and leave them so
+        trainer = pl.Trainer(
+            accelerator=recipe.accelerator,
+            devices=recipe.devices,
+            strategy=strategy,
+            plugins=[LightningEnvironment()],
+            precision=cast(Any, recipe.precision),
+            max_epochs=recipe.epochs,
+            accumulate_grad_batches=recipe.accumulate,
+            callbacks=callbacks,
+            deterministic=recipe.deterministic,
+            benchmark=False,
+            default_root_dir=scratch,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        done: Any = trainer.fit_loop.epoch_progress.current
+        done.ready = done.started = done.processed = done.completed = progress.epoch
+        data = ImageDataModule(
+            images,
+            splits,
+            spec=spec,
+            batch_size=recipe.batch_size,
+            workers=recipe.workers,
+            augment=recipe.augment,
+            seed=recipe.seed,
+        )
+        module.train()
+        if recipe.accelerator == "gpu":
+            torch.cuda.reset_peak_memory_stats()
+        trainer.fit(module, datamodule=data)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     return progress
