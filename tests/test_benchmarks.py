@@ -86,6 +86,7 @@ def test_the_learning_rates_are_those_that_were_best() -> None:
         assert re.search(rf"\| `{name}` \| {best:g} \| [^|]* \| {shown} \|", text), name
 
 
+@pytest.mark.slow
 def test_a_grid_of_rates_is_fitted_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [

@@ -55,8 +55,8 @@ def test_the_model_of_a_bundle_says_what_its_graph_says(bundle: Path) -> None:
     "adapter",
     [
         {"method": "tiny_wara", "share": "model"},  # its layers share a tensor
-        {"method": "waveft"},
-        {"method": "lora"},
+        pytest.param({"method": "waveft"}, marks=pytest.mark.slow),
+        pytest.param({"method": "lora"}, marks=pytest.mark.slow),
     ],
     ids=lambda adapter: adapter["method"],
 )

@@ -35,7 +35,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("method", ["tiny_wara", "waveft", "lora", "linear_probe", "full"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "linear_probe", "full")]
+
+
+@pytest.mark.parametrize("method", ["tiny_wara", "waveft", *SLOW])
 def test_every_kind_of_method_is_exported(method: str, place: Path) -> None:
     """Weight-domain updates are merged, those of tokens are nodes; both say what the run said."""
     pytest.importorskip("onnxscript")

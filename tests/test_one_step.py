@@ -79,6 +79,7 @@ for line in range(10_000):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_line_of_the_writer_leaves_the_old_adapter_or_the_new(
     tmp_path: Path,
 ) -> None:

@@ -382,6 +382,7 @@ def test_update_of_lemma_3_reaches_its_targets():
     assert fit.least_sparse(places, x, y) < 1e-20
 
 
+@pytest.mark.slow
 def test_interpolation_script(tmp_path):
     fit = script("waveft_interpolation")
     arguments = "--side 32 --sparse 32 160 800 --ranks 1 5 --seeds 2 --draws 100".split()
