@@ -122,6 +122,9 @@ def test_before_and_after_are_those_of_the_cases(made: Path, bundle: Path, outpu
     card = (made / "MODEL_CARD.md").read_text()
     assert "78 local cases (of 39 patients)" in card and "cross-fitted" in card
     assert f"{told['before']['ece']['value']:.3f}" in card
+    # A temperature that makes it worse on new cases is written with a warning.
+    worse = told["cross_fitted"]["nll"]["value"] > told["before"]["nll"]["value"]
+    assert worse == (told["warning"] is not None) == ("**Warning:**" in card)
 
 
 def test_what_it_predicts_follows_the_new_numbers(

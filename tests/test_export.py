@@ -19,6 +19,7 @@ from wara.cli import main
 from wara.deploy import parity
 from wara.deploy.bundle import open_bundle
 from wara.deploy.export import Wish, export
+from wara.deploy.operating import positive_classes
 from wara.deploy.predictor import Distance, Predictor, conformal_set
 from wara.deploy.reliability import Scored, conformal_threshold, feature_statistics
 from wara.errors import WaraError
@@ -110,6 +111,8 @@ def test_int8_says_what_it_costs(bundle: Path, place: Path) -> None:
     assert said["model"]["precision"] == "int8"
     assert said["model"]["int8_bytes"] < said["model"]["float32_bytes"]
     assert said["parity"]["limit"] == {"flipped_share": 0.02}
+    speed = said["model"]["int8_time_to_float32"]
+    assert 0 < speed["p10"] <= speed["median"] <= speed["p90"]
     assert main(["verify", str(out)]) == 0
 
 
@@ -150,6 +153,7 @@ def test_an_unknown_class_and_a_point_that_is_not_reached(bundle: Path, tmp_path
     assert error.exit_code == 2 and "name some of: calm, mixed, rough" in str(error)
     error = refused(run, out, Wish(positive=["calm", "mixed", "rough"], sensitivity=0.9))
     assert error.exit_code == 2 and "leave one out" in str(error)
+    assert positive_classes(["rough", "rough"], ["calm", "rough"], "binary") == ["rough"]
     error = refused(run, out, Wish(positive=["rough"], sensitivity=1.2))
     assert error.exit_code == 2
 
@@ -178,6 +182,22 @@ def test_images_that_were_changed(copy: Path, tmp_path: Path) -> None:
     finally:
         image.write_bytes(whole)
     assert error.exit_code == 4 and "calm_000.png was changed" in str(error)
+
+
+@pytest.mark.parametrize("column", ["label", "patient"])
+def test_labels_and_patients_that_were_changed(column: str, copy: Path, tmp_path: Path) -> None:
+    """They would make the manifest contradict its own metrics."""
+    table = copy.parent / "data" / "labels.csv"
+    whole = table.read_text()
+    header, first, *rest = whole.splitlines()
+    cells = dict(zip(header.split(","), first.split(","), strict=True))
+    cells[column] = {"label": "rough", "patient": "somebody"}[column]
+    table.write_text("\n".join([header, ",".join(cells.values()), *rest]) + "\n")
+    try:
+        error = refused(copy, tmp_path / "out")
+    finally:
+        table.write_text(whole)
+    assert error.exit_code == 4 and "label or patient" in str(error) and cells["file"] in str(error)
 
 
 def test_an_export_that_says_something_else_leaves_nothing(

@@ -272,6 +272,18 @@ class _Fit:
             after = self.cross_fitted[name]
             if entry["value"] is not None and after["value"] is not None:
                 yield f"{name} {entry['value']:.3f} -> {after['value']:.3f} (cross-fitted)"
+        if (warning := self.warning()) is not None:
+            yield f"WARNING: {warning}"
+
+    def warning(self) -> str | None:
+        """Return what speaks against the new temperature, if anything does."""
+        old, new = self.before["nll"]["value"], self.cross_fitted["nll"]["value"]
+        if new <= old:
+            return None
+        return (
+            f"the probabilities of the parent fit new cases better (negative log-likelihood "
+            f"{old:.3f}, cross-fitted {new:.3f}): use more cases, or keep the parent"
+        )
 
 
 def _nll(labels: NDArray[np.int64], probs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -328,6 +340,7 @@ def _write(
             "before": fit.before,
             "after": fit.after(trusted),
             "cross_fitted": fit.cross_fitted,
+            "warning": fit.warning(),
         },
     }  # fmt: skip
     del manifest["files"], manifest["sha256"]

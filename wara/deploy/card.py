@@ -151,4 +151,5 @@ training images.
 
 Cross-fitted: each fifth of the cases is judged by numbers fitted to the others. That column tells
 what to expect of the next cases.
+{f"> **Warning:** {done['warning']}." if done["warning"] else ""}
 """

@@ -117,7 +117,7 @@ def positive_classes(asked: Sequence[str], classes: Sequence[str], task: str) ->
     Raises:
         WaraError: kind "config" for an unknown class, none or all of them.
     """
-    chosen = list(asked) or (list(classes[1:]) if task == "binary" else [])
+    chosen = list(dict.fromkeys(asked)) or (list(classes[1:]) if task == "binary" else [])
     if not chosen:
         what = "which classes are positive?"
         raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")
