@@ -119,7 +119,7 @@ class _Export:
         self.say("writing the graph")
         path = self.folder / "model.onnx"
         export_onnx(served, run.spec.size, path)
-        size = {"float32_bytes": path.stat().st_size}
+        size: dict[str, Any] = {"float32_bytes": path.stat().st_size}
         if self.wish.int8:
             self.say("quantising, calibrated on training images")
             exact = session(path.read_bytes(), path.name)
