@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,10 +75,10 @@ class TrunkCache:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """All that decides a token but the augmentation; plain values."""
-        return {
+        """All that decides a token but the augmentation; plain values, as JSON has them."""
+        facts = {
             "images_sha256": canonical_sha256(list(map(self.images.sha256, range(len(self))))),
-            "images": dataclasses.asdict(self.images.spec(self.spec)),
+            "pixels": dataclasses.asdict(self.images.spec(self.spec)),
             "base_sha256": self.base_hash,
             "depth": self.depth,
             "shape": list(self.shape),
@@ -86,6 +87,7 @@ class TrunkCache:
                 (Path(wara.__file__).parent / name for name in _SOURCES), _LIBRARIES
             ),
         }
+        return json.loads(json.dumps(facts, allow_nan=False))
 
     def __len__(self) -> int:
         return len(self.images)
