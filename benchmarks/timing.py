@@ -46,3 +46,26 @@ def ratio(of: np.ndarray, to: np.ndarray) -> dict[str, float]:
     """Return median and the middle 80 % of the round-by-round ratio of two candidates."""
     low, middle, high = np.quantile(of / to, [0.1, 0.5, 0.9])
     return {k: round(float(v), 3) for k, v in (("median", middle), ("p10", low), ("p90", high))}
+
+
+def spread(cell: dict[str, float]) -> str:
+    """Return a ratio as text."""
+    return f"{cell['median']:.2f} ({cell['p10']:.2f} to {cell['p90']:.2f})"
+
+
+def verdict(
+    label: str, top: np.ndarray, bottom: np.ndarray, bound: float, at_most: bool
+) -> dict[str, Any]:
+    """Return what was wanted of the ratio of two candidates, what it is, and whether it is so."""
+    got = ratio(top, bottom)
+    reached = bool(got["median"] <= bound if at_most else got["median"] >= bound)
+    return {"wanted": label, "got": got, "reached": reached}
+
+
+def wanted_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return verdicts as the lines of a Markdown table."""
+    lines = ["| wanted | measured | reached |", "|---|---|---|"]
+    for row in rows:
+        got = spread(row["got"]) if isinstance(row["got"], dict) else f"{row['got']:.2f}"
+        lines.append(f"| {row['wanted']} | {got} | {'yes' if row['reached'] else 'no'} |")
+    return lines

@@ -145,3 +145,13 @@ def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(WaraError, match="has no blocks") as caught:
         trunk_depth(model)
     assert caught.value.exit_code == 2
+
+
+def test_what_is_compiled_takes_the_tokens_of_each_call() -> None:
+    upper = Upper(adapted("vit_tiny_patch16_224"), 2, (32, 32))
+    traced = torch.compile(upper, backend="eager")
+    with torch.no_grad():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            tokens = torch.randn(2, 17, 48)
+            torch.testing.assert_close(traced(tokens), upper(tokens))
