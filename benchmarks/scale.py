@@ -13,7 +13,6 @@ in a new order every round; reported are ratios within a round, median and the m
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
-from timing import interleave, ratio, spread, verdict, wanted_lines
+from timing import interleave, keep, ratio, spread, verdict, wanted_lines
 from torch import nn
 from train_step import with_peft
 
@@ -195,9 +194,7 @@ def main() -> None:
     for backbone in args.models:
         results[backbone] = measure(backbone, args)
         print(f"\n{backbone}\n\n{table(results[backbone])}\n", flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    keep(results, args.out)
 
 
 if __name__ == "__main__":

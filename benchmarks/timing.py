@@ -6,9 +6,11 @@ so the ratio within a round is what can be compared, and its spread over rounds 
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,3 +71,10 @@ def wanted_lines(rows: list[dict[str, Any]]) -> list[str]:
         got = spread(row["got"]) if isinstance(row["got"], dict) else f"{row['got']:.2f}"
         lines.append(f"| {row['wanted']} | {got} | {'yes' if row['reached'] else 'no'} |")
     return lines
+
+
+def keep(results: dict[str, Any], path: Path | None) -> None:
+    """Write figures as JSON, if anywhere."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")

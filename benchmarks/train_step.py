@@ -15,7 +15,6 @@ ViT-B/16 in bf16.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import platform
 import random
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timing import ratio, spread, synchronise, verdict, wanted_lines
+from timing import keep, ratio, spread, synchronise, verdict, wanted_lines
 from torch import Tensor, nn
 
 import wara
@@ -299,9 +298,7 @@ def main() -> None:
     for size in args.sizes:
         results[f"{size} px"] = measure(args, size)
         print(f"\n{size} px\n\n{table(results[f'{size} px'])}\n", flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    keep(results, args.out)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,31 @@ def test_cached_is_uncached_within_float16(tmp_path: Path, method: str, amp: str
     assert off <= 2e-2 and off < 0.1 * np.abs(wanted - start).max()
 
 
+REAL = Path(os.environ.get("WARA_REAL_DATA", Path(__file__).parents[2] / "shared"))
+TINY = REAL / "weights/vit_tiny_patch16_224_imagenet1k.safetensors"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TINY.exists(), reason="needs real images and weights")
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_real_images_and_weights_agree_within_float16(tmp_path: Path, amp: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "images").symlink_to(REAL / "data/busi/images")
+    head, *rows = (REAL / "data/busi/labels.csv").read_text().splitlines()
+    (folder / "labels.csv").write_text("\n".join([head, *rows[::8]]) + "\n")
+    found = []
+    for trunk in ("off", "cache"):
+        one = prepared(
+            tmp_path, data__trunk=trunk, amp=amp, epochs=1, batch_size=32, lr=2e-3,
+            backbone={"name": "vit_tiny_patch16_224", "weights": str(TINY), "img_size": 96},
+            adapter={"method": "wara", "blocks": "last_4"},
+        )  # fmt: skip
+        filled(one)
+        found.append(trained(one))
+    assert np.abs(found[0] - found[1]).max() <= 2e-2
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open() as handle:
         return list(csv.DictReader(handle))
