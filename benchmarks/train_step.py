@@ -15,7 +15,6 @@ ViT-B/16 in bf16.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import platform
 import random
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timing import ratio, synchronise
+from timing import keep, ratio, spread, synchronise, verdict, wanted_lines
 from torch import Tensor, nn
 
 import wara
@@ -80,7 +79,7 @@ def build(name: str, backbone: str, size: int | None) -> tuple[nn.Module, list[n
         model.requires_grad_(False)
         return model, []
     if name.endswith("(PEFT)"):
-        return _peft(model, name)
+        return with_peft(model, name)
     steps = name == "wara step by step"
     wanted = dict(OURS["wara" if steps else name])
     wara.adapt(model, method_from_options(wanted.pop("method"), wanted))
@@ -89,7 +88,7 @@ def build(name: str, backbone: str, size: int | None) -> tuple[nn.Module, list[n
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
-def _peft(model: Any, name: str) -> tuple[nn.Module, list[nn.Parameter]]:
+def with_peft(model: Any, name: str) -> tuple[nn.Module, list[nn.Parameter]]:
     """PEFT's own layers on the whole linear layers, with as many numbers as ours have there."""
     import peft
 
@@ -251,9 +250,7 @@ def verdicts(times: dict[str, np.ndarray], peaks: dict[str, float]) -> list[dict
     found: list[dict[str, Any]] = []
     for label, top, bottom, bound, at_most in WANTED:
         if top in times and bottom in times:
-            got = ratio(times[top], times[bottom])
-            reached = bool(got["median"] <= bound if at_most else got["median"] >= bound)
-            found.append({"wanted": label, "got": got, "reached": reached})
+            found.append(verdict(label, times[top], times[bottom], bound, at_most))
     if "lora (PEFT)" in peaks:
         for name in ("lora", "wara", "tiny_wara", "waveft", "shira"):
             if name in peaks:
@@ -265,10 +262,6 @@ def verdicts(times: dict[str, np.ndarray], peaks: dict[str, float]) -> list[dict
 
 def table(result: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
-
-    def spread(cell: dict[str, float]) -> str:
-        return f"{cell['median']:.2f} ({cell['p10']:.2f} to {cell['p90']:.2f})"
-
     lines = [
         "| method | trainable | ms per step | time / our LoRA | time / floor | peak MB |",
         "|---|---|---|---|---|---|",
@@ -278,11 +271,7 @@ def table(result: dict[str, Any]) -> str:
             f"| {name} | {row['trainable']:,} | {1e3 * row['seconds']:.0f} | "
             f"{spread(row['time / lora'])} | {spread(row['time / floor'])} | {row['peak_mb']:.0f} |"
         )
-    lines += ["", "| wanted | measured | reached |", "|---|---|---|"]
-    for row in result["wanted"]:
-        got = spread(row["got"]) if isinstance(row["got"], dict) else f"{row['got']:.2f}"
-        lines.append(f"| {row['wanted']} | {got} | {'yes' if row['reached'] else 'no'} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *wanted_lines(result["wanted"])])
 
 
 def main() -> None:
@@ -309,9 +298,7 @@ def main() -> None:
     for size in args.sizes:
         results[f"{size} px"] = measure(args, size)
         print(f"\n{size} px\n\n{table(results[f'{size} px'])}\n", flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    keep(results, args.out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from training_helpers import environment, make_images, make_weights
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import learning_rates
 import methods_table
+import scale
 import timing
 import train_step
 
@@ -105,6 +106,25 @@ def test_a_grid_of_rates_is_fitted_and_goes_on_where_it_stopped(tmp_path: Path) 
         ("wara", 20, 30), ("linear_probe", 20, 30)
     ]  # fmt: skip
     assert all(0 <= row["auc_macro"] <= 1 and row["train_loss"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_cache_is_timed_end_to_end(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "benchmarks/scale.py"), "--models", "test_vit",
+            "--size", "32", "--images", "40", "--epochs", "2", "--rounds", "2", "--out", str(out),
+        ],
+        capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["test_vit"]
+    assert found["rows"]["cached"]["time / cached"]["median"] == 1.0
+    assert len(found["rows"]) == 4 and len(found["wanted"]) == len(scale.WANTED)
+    for row, (label, *_, bound) in zip(found["wanted"], scale.WANTED, strict=True):
+        assert row["wanted"] == label and row["reached"] == (row["got"]["median"] >= bound)
 
 
 def test_the_rate_in_question_is_that_of_what_trains() -> None:

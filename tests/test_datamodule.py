@@ -14,8 +14,8 @@ from wara.data import ImageSet, Record, eval_batches
 from wara.data.balance import SplitTable
 from wara.data.imageset import ArrayReader
 from wara.images import ImageSpec, load_tensor, resize
-from wara.training.augment import build_augment
-from wara.training.batches import CountedSampler, ImageDataModule, augment_seed, epoch_order
+from wara.training.augment import augment_seed, build_augment
+from wara.training.batches import CountedSampler, ImageDataModule, epoch_order
 
 SPEC = ImageSpec((16, 20), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear")
 

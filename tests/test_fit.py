@@ -133,7 +133,7 @@ def test_what_augments_is_the_cards_choice_unless_the_config_makes_one(
         built.append(preset)
         return build_augment(preset)
 
-    monkeypatch.setattr("wara.training.batches.build_augment", build)
+    monkeypatch.setattr("wara.training.augment.build_augment", build)
     run = prepare(tiny_config(tmp_path, epochs=1, data=data), report_dir=None)
     assert run.recipe().augment == wanted
     fit(run.model, run.recipe(), run.images, run.splits, run.backbone.spec)

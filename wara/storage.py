@@ -9,7 +9,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,3 +279,13 @@ def canonical_sha256(content: Any) -> str:
     """Return the SHA-256 of plain values, whatever the order of keys and the spacing of a file."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def code_sha256(sources: Iterable[Path], libraries: Iterable[str]) -> str:
+    """Return the SHA-256 of code: source files by name, and libraries by installed version."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    for library in libraries:
+        digest.update(f"{library} {version(library)}".encode())
+    return digest.hexdigest()

@@ -91,6 +91,9 @@ AnyMethod = Annotated[
 """One of the methods, told apart by the key `method`; its options are the other keys."""
 
 
+_CACHED_VIEWS = 4
+
+
 class DataConfig(Section):
     """How images are found, split and augmented."""
 
@@ -113,7 +116,21 @@ class DataConfig(Section):
     augment: Literal["auto", *get_args(Augmentation)] = Field(  # type: ignore[valid-type]
         "auto", description="Training images: auto (what the card says), off, or a preset."
     )
+    views: int | None = Field(
+        None, ge=1, description="Augmented views per training image; null: new ones every epoch."
+    )
+    trunk: Literal["off", "cache"] = Field(
+        "off", description="cache: keep what frozen lower blocks give, for all runs; 4 views."
+    )
+    cache_limit: float = Field(
+        20.0, gt=0, description="Most GB that a run may keep so; above, it is refused."
+    )
     workers: int = Field(0, ge=0, description="Processes that load images; results do not change.")
+
+    @property
+    def counted_views(self) -> int | None:
+        """Augmented views per training image, which a cache needs a number of."""
+        return _CACHED_VIEWS if self.views is None and self.trunk == "cache" else self.views
 
     @field_validator("test_fraction")
     @classmethod
@@ -242,6 +259,7 @@ class RunConfig(Section):
         main = next(iter(rates))
         update = {
             "adapter": method or self.adapter,
+            "data": self.data.model_copy(update={"views": self.data.counted_views}),
             "lr": rates[main],
             "lr_core": rates["core"] if "core" in rates and main != "core" else None,
             "lr_head": rates["head"] if main != "head" else None,

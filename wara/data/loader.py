@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wara.data.imageset import ImageSet
@@ -29,14 +30,18 @@ class Images(Dataset):
         self.image_set, self.spec, self.augment = image_set, spec, augment
         self.label_type = torch.float32 if image_set.card.task == "multilabel" else torch.int64
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index = key
+    def input(self, epoch: int, index: int) -> Tensor:
+        """Return what the network takes: an image of an epoch, float32 `[3, h, w]`."""
         array = self.image_set.array(index, self.spec)
         if self.augment is not None:
             array = self.augment(array, epoch, index)
+        return to_tensor(array, self.spec)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key
         label = self.image_set.records[index].label
         return {
-            "image": to_tensor(array, self.spec),
+            "image": self.input(epoch, index),
             "label": torch.tensor(label, dtype=self.label_type),
             "index": index,
         }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import zipfile
 import zlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from wara.data.imageset import ArrayReader, ImageSet, Record
 from wara.data.splits import SPLITS, connected_groups, stratify
 from wara.errors import WaraError
 from wara.images import processors
-from wara.storage import replacing
+from wara.storage import code_sha256, replacing
 
 _FEW = 200  # below this, starting processes takes longer than they save
 
@@ -124,9 +122,5 @@ def _fingerprint() -> str:
     """Hash of everything that decides a pixel: the code that draws, and what it draws with."""
     from wara import phantoms
 
-    digest = hashlib.sha256()
-    for source in sorted(Path(phantoms.__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    for library in ("numpy", "opencv-python-headless"):
-        digest.update(f"{library} {version(library)}".encode())
-    return digest.hexdigest()[:12]
+    sources = sorted(Path(phantoms.__file__).parent.glob("*.py"))
+    return code_sha256(sources, ("numpy", "opencv-python-headless"))[:12]

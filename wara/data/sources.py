@@ -28,6 +28,11 @@ def default_cache() -> Path:
     return Path(os.environ.get("WARA_CACHE") or Path.home() / ".cache" / "wara").expanduser()
 
 
+def cache_folder(cache: str | Path | None) -> Path:
+    """Return the folder that `data.cache` means; None for `default_cache()`."""
+    return default_cache() if cache is None else Path(cache).expanduser()
+
+
 def open_source(
     dataset: str,
     *,
@@ -61,7 +66,7 @@ def open_source(
         WaraError: kind "config" for an unknown name or a faulty card, kind "data" for files that
             are missing or not as the card says.
     """
-    folder = default_cache() if cache is None else Path(cache).expanduser()
+    folder = cache_folder(cache)
     if dataset in list_cards():
         card = load_card(dataset)
     else:

@@ -15,6 +15,10 @@ import numpy as np
 
 from wara.errors import WaraError, suggest
 
+# Told apart from what orders an epoch, so that the two share no random numbers.
+_AUGMENT = 2
+_VIEWS = 0  # seed of counted views
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -157,6 +161,37 @@ def build_augment(preset: str) -> Augment:
             "config", f"no augmentation '{preset}'", "data.augment", suggest(preset, PRESETS)
         )
     return Augment(PRESETS[preset])
+
+
+def augment_seed(seed: int, epoch: int, index: int) -> int:
+    """Return the seed of one image's augmentation in one epoch, from (seed, epoch, index)."""
+    sequence = np.random.SeedSequence([seed, epoch, index, _AUGMENT])
+    return int(sequence.generate_state(1)[0])
+
+
+class CountedAugment:
+    """An augmentation whose result follows from (seed, epoch, record number).
+
+    With counted views an epoch takes the next view of every image, round and round, and the views
+    are the same for every seed, so that what was computed of them serves all runs.
+
+    Args:
+        preset: a key of `PRESETS`.
+        seed: of the run.
+        views: how many views there are of an image; None for a new one in every epoch.
+
+    Raises:
+        WaraError: kind "config" for an unknown preset.
+    """
+
+    def __init__(self, preset: str, seed: int = 0, views: int | None = None) -> None:
+        self.augment, self.seed, self.views = build_augment(preset), seed, views
+
+    def __call__(self, array: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        """Return the augmented image, uint8 `[h, w, 3]`."""
+        seed = self.seed if self.views is None else _VIEWS
+        view = epoch if self.views is None else epoch % self.views
+        return self.augment(array, augment_seed(seed, view, index))
 
 
 def _compose(preset: Preset, square: bool) -> Any:

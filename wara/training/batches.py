@@ -17,22 +17,17 @@ from wara.data.imageset import ImageSet
 from wara.data.loader import load_batches
 from wara.data.splits import SPLITS
 from wara.images import ImageSpec
-from wara.training.augment import Augment, build_augment
+from wara.training.augment import CountedAugment
+from wara.training.cache import TrunkCache
 
-# Told apart so that the order of an epoch and its augmentations share no random numbers.
-_ORDER, _AUGMENT = 1, 2
+# Told apart from that of `augment`, so that the two share no random numbers.
+_ORDER = 1
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of an epoch: a permutation of `range(count)` from (seed, epoch)."""
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, _ORDER]))
     return np.random.Generator(bits).permutation(count)
-
-
-def augment_seed(seed: int, epoch: int, index: int) -> int:
-    """Return the seed of one image's augmentation in one epoch, from (seed, epoch, index)."""
-    sequence = np.random.SeedSequence([seed, epoch, index, _AUGMENT])
-    return int(sequence.generate_state(1)[0])
 
 
 class CountedSampler(DistributedSampler):
@@ -91,7 +86,9 @@ class ImageDataModule(pl.LightningDataModule):
         batch_size: images per batch and process.
         workers: processes that load images; 0 loads in this one. Results do not depend on it.
         augment: a key of `wara.training.augment.PRESETS`.
-        seed: seed of order and augmentation.
+        views: augmented views per training image; None draws new ones in every epoch.
+        seed: seed of the order, and of augmentation where views are not counted.
+        trunk: where the tokens of the images lie, to hand out in the place of the images.
     """
 
     def __init__(
@@ -103,12 +100,15 @@ class ImageDataModule(pl.LightningDataModule):
         batch_size: int,
         workers: int = 0,
         augment: str = "off",
+        views: int | None = None,
         seed: int = 0,
+        trunk: TrunkCache | None = None,
     ) -> None:
         super().__init__()
         self.image_set, self.spec, self.seed = image_set, spec, seed
         self.batch_size, self.workers = batch_size, workers
-        self.augment = CountedAugment(build_augment(augment), seed)
+        self.augment = CountedAugment(augment, seed, views)
+        self.trunk = trunk
         self.indices = {split: np.flatnonzero([own == split for own in splits]) for split in SPLITS}
 
     def train_dataloader(self) -> DataLoader:
@@ -131,6 +131,8 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def _loader(self, sampler: CountedSampler, augment: CountedAugment | None) -> DataLoader:
+        if self.trunk is not None:
+            return self.trunk.batches(sampler, self.batch_size, augmented=augment is not None)
         return load_batches(
             self.image_set,
             sampler,
@@ -140,14 +142,3 @@ class ImageDataModule(pl.LightningDataModule):
             workers=self.workers,
             augment=augment,
         )
-
-
-class CountedAugment:
-    """An augmentation whose result follows from (seed, epoch, record number)."""
-
-    def __init__(self, augment: Augment, seed: int) -> None:
-        self.augment, self.seed = augment, seed
-
-    def __call__(self, array: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        """Return the augmented image, uint8 `[h, w, 3]`."""
-        return self.augment(array, augment_seed(self.seed, epoch, index))

@@ -18,11 +18,13 @@ from wara.images import ImageSpec
 from wara.runs.progress import Progress
 from wara.training.bar import ProgressBar
 from wara.training.batches import ImageDataModule
+from wara.training.cache import TrunkCache
 from wara.training.console import silence_libraries
 from wara.training.journal import Journal, exhausted
 from wara.training.recipe import Recipe
 from wara.training.setup import kernels
 from wara.training.task import FineTuning
+from wara.training.trunk import Upper
 
 
 def fit(
@@ -35,6 +37,7 @@ def fit(
     journal: Journal | None = None,
     last: dict[str, Any] | None = None,
     scratch: Path | None = None,
+    trunk: TrunkCache | None = None,
 ) -> Progress:
     """Train a model until its recipe or its patience is done; it is left as the last epoch ends.
 
@@ -48,6 +51,7 @@ def fit(
         journal: keeps what happens, and the state to go on from; by default nothing is written.
         last: a checkpoint to go on from, see `checkpoint.read_last`.
         scratch: a folder that Lightning may write to.
+        trunk: filled with the tokens of these images; only what lies above the trunk runs then.
 
     Returns:
         How training went, epoch by epoch.
@@ -64,6 +68,7 @@ def fit(
         task=images.card.task,
         classes=images.card.class_names,
         train_images=list(splits).count("train"),
+        upper=None if trunk is None else Upper(model, trunk.depth, spec.size),
     )
     if last is not None:
         load_adapter_state(model, last["state"])
@@ -114,6 +119,8 @@ def fit(
             batch_size=recipe.batch_size,
             workers=recipe.workers,
             augment=recipe.augment,
+            views=recipe.views,
+            trunk=trunk,
             seed=recipe.seed,
         )
         module.train()

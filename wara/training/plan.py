@@ -10,6 +10,7 @@ from wara.adapters import Method, section_of
 from wara.backbones import NANO
 from wara.data.balance import SplitTable
 from wara.data.splits import SPLITS
+from wara.training.cache import gigabytes
 from wara.training.setup import Prepared
 from wara.vit import BackboneInfo
 
@@ -68,6 +69,7 @@ def describe(run: Prepared) -> Plan:
             *(("", line) for line in _of_weights(backbone)),
             ("method", _method(config.adapter, run.budget)),
             ("trainable", _parameters(run.counts)),
+            *(("trunk", text) for text in _trunk(run)),
             ("device", run.device.name),
             ("precision", run.device.arithmetic),
             ("loss", f"{run.loss.name}{run.loss.weighted} ({run.loss.why})"),
@@ -168,6 +170,23 @@ def _parameters(counts: dict[str, int]) -> str:
     whole = counts["base"] + adapter + head
     share = 100 * (adapter + head) / whole
     return f"adapter {adapter:,}, head {head:,}: {share:.2f} % of {whole:,}"
+
+
+def _trunk(run: Prepared) -> list[str]:
+    """Return what is said of views and cache, where either was asked for."""
+    data, trunk = run.config.data, run.trunk
+    views = f"views of each training image: {data.views}"
+    if trunk is not None:
+        return [
+            f"cache of {gigabytes(trunk.size)}: {trunk.rows:,} outputs of the lower {trunk.depth} "
+            f"blocks in float16; views of each training image: {len(trunk.seen)}"
+        ]
+    if data.trunk == "cache":
+        return [
+            "nothing to gain from a cache: the first block changes too, and only what comes before "
+            f"it is frozen; {views}"
+        ]
+    return [views] if data.views is not None else []
 
 
 def _schedule(run: Prepared) -> str:

@@ -28,6 +28,7 @@ class Recipe:
         patience: epochs without a better value before stopping; None never stops.
         seed: of order, augmentation and dropout.
         augment: name of the preset of the training images.
+        views: augmented views per training image; None draws new ones in every epoch.
         workers: processes that load images; they change nothing.
         precision: Lightning's name of it.
         accelerator: `cpu | gpu`.
@@ -51,6 +52,7 @@ class Recipe:
     patience: int | None = None
     seed: int = 0
     augment: str = "off"
+    views: int | None = None
     workers: int = 0
     precision: str = "32-true"
     accelerator: str = "cpu"

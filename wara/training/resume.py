@@ -13,8 +13,8 @@ from wara.training.setup import Prepared
 
 # May differ between a run and its resumption: they change where and how fast, not what.
 _FREE = (
-    "out", "offline", "data.workers", "data.cache", "devices", "accelerator", "bootstrap",
-    "wandb", "wandb_project", "wandb_images", "tensorboard",
+    "out", "offline", "data.workers", "data.cache", "data.cache_limit", "devices", "accelerator",
+    "bootstrap", "wandb", "wandb_project", "wandb_images", "tensorboard",
 )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ def run_here(
 
 def _train(run: Prepared, record: Record, stop: StopSignals) -> None:
     last = record.begin()
+    run.fill_trunk(record.console.say)
     # Here, and not above, for Lightning takes seconds to import and a plan needs none of it.
     from wara.training.fit import fit
     from wara.training.journal import Journal
@@ -83,7 +84,7 @@ def _train(run: Prepared, record: Record, stop: StopSignals) -> None:
     )
     fit(
         run.model, run.recipe(), run.images, run.splits, run.backbone.spec,
-        journal=journal, last=last, scratch=record.folder.path,
+        journal=journal, last=last, scratch=record.folder.path, trunk=run.trunk,
     )  # fmt: skip
 
 

@@ -28,7 +28,9 @@ from wara.errors import WaraError
 from wara.runs.provenance import data_sha256
 from wara.runs.tables import SplitRow, hashed_cells
 from wara.training import losses
+from wara.training.cache import TrunkCache
 from wara.training.recipe import Recipe
+from wara.training.trunk import check_trunk, trunk_depth
 from wara.vit import BackboneInfo
 
 PHANTOM_SIDE = 112  # pixels; what the shipped backbone reads, drawn in milliseconds
@@ -87,6 +89,8 @@ class Prepared:
         budget: where one was set: as written, wanted and fitted number of adapter parameters.
         loss: of the run.
         device: of the run.
+        trunk: the cache of what the frozen lower blocks give, where one was asked for and there
+            are such blocks.
     """
 
     config: RunConfig
@@ -103,6 +107,7 @@ class Prepared:
     budget: tuple[str | float, int, int] | None
     loss: Loss
     device: Device
+    trunk: TrunkCache | None
 
     @property
     def task(self) -> str:
@@ -130,7 +135,7 @@ class Prepared:
 
     def recipe(self) -> Recipe:
         """Return all that decides training."""
-        config, augment = self.config, self.config.data.augment
+        config = self.config
         return Recipe(
             rates=config.rates,
             loss=self.loss.name,
@@ -146,7 +151,8 @@ class Prepared:
             monitor=config.monitor,
             patience=config.patience,
             seed=config.seed,
-            augment=self.images.card.augment if augment == "auto" else augment,
+            augment=_preset(config, self.images),
+            views=config.data.views,
             workers=config.data.workers,
             precision=self.device.precision,
             accelerator=self.device.accelerator,
@@ -154,6 +160,16 @@ class Prepared:
             deterministic=config.deterministic,
             compiled=config.compile,
         )
+
+
+    def fill_trunk(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Compute what the trunk cache lacks, if there is one; see `TrunkCache.fill`."""
+        if self.trunk is not None:
+            config, accelerator = self.config, self.device.accelerator
+            self.trunk.fill(
+                self.model, accelerator=accelerator, batch_size=config.batch_size,
+                workers=config.data.workers, say=say,
+            )  # fmt: skip
 
 
 def prepare(
@@ -201,6 +217,7 @@ def prepare(
         budget = (asked, *adaptation.budget)
     config = config.resolved(adaptation.method)
     confirm(config)
+    depth, shape = _trunk_of(model, config, backbone.img_size)
     images.survey(backbone.spec)
     splits = gate.assign_splits(
         images,
@@ -216,6 +233,24 @@ def prepare(
         SplitRow(record.file, record.label, record.patient, split, images.sha256(i) or "")
         for i, (record, split) in enumerate(zip(images.records, splits, strict=True))
     ]
+    base = base_hash(model)
+    trunk = None
+    if depth:
+        assert config.data.views is not None  # a cache has a number of them
+        trunk = TrunkCache(
+            parent=sources.cache_folder(config.data.cache) / "trunk",
+            images=images,
+            spec=backbone.spec,
+            splits=splits,
+            preset=_preset(config, images),
+            views=config.data.views,
+            epochs=config.epochs,
+            depth=depth,
+            shape=shape,
+            base_hash=base,
+            precision=device.precision,
+        )
+        trunk.check_limit(config.data.cache_limit)
     return Prepared(
         config=config,
         images=images,
@@ -226,12 +261,27 @@ def prepare(
         notes=notes,
         model=model,
         backbone=backbone,
-        base_hash=base_hash(model),
+        base_hash=base,
         counts=count_parameters(model),
         budget=budget,
         loss=_loss(config, images.card.task, table),
         device=device,
+        trunk=trunk,
     )
+
+
+def _preset(config: RunConfig, images: ImageSet) -> str:
+    """Return the augmentation of the training images."""
+    wanted = config.data.augment
+    return images.card.augment if wanted == "auto" else wanted
+
+
+def _trunk_of(
+    model: nn.Module, config: RunConfig, size: tuple[int, int]
+) -> tuple[int, tuple[int, ...]]:
+    """Return depth of the trunk and shape of its tokens; no depth where nothing is to be cached."""
+    depth = trunk_depth(model) if config.data.trunk == "cache" else 0
+    return depth, check_trunk(model, depth, size) if depth else ()
 
 
 def _model(config: RunConfig, images: ImageSet) -> tuple[nn.Module, BackboneInfo]:

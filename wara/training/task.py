@@ -49,6 +49,8 @@ class FineTuning(pl.LightningModule):
         task: `binary | multiclass | multilabel | ordinal`.
         classes: names of the `c` classes.
         train_images: size of the training split; only needed by several processes.
+        upper: runs in the place of `model`, whose parameters it shares, on what batches hold
+            instead of images; see `wara.training.trunk.Upper`.
     """
 
     def __init__(
@@ -59,15 +61,17 @@ class FineTuning(pl.LightningModule):
         task: str,
         classes: Sequence[str],
         train_images: int = 0,
+        upper: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
         self.method = adaptation_of(model).method
-        # Held in a tuple: the compiled wrapper shares the parameters of `model` and must not
-        # register them a second time.
+        runs = upper or model
+        # Held in a tuple: what runs shares the parameters of `model` and must not register them a
+        # second time.
         self._run: tuple[Callable[[Tensor], Tensor]] = (
-            (torch.compile(model),) if recipe.compiled else (model,)
+            (torch.compile(runs),) if recipe.compiled else (runs,)
         )
         self.task, self.classes = task, list(classes)
         self.train_images = train_images
