@@ -13,6 +13,7 @@ from pathlib import Path
 
 from wara.config.schema import WandbConfig
 from wara.errors import WaraError, suggest
+from wara.net import reachable
 
 _MODES = {
     "online": "online",
@@ -74,6 +75,24 @@ def settle(section: WandbConfig, environ: Mapping[str, str] = os.environ) -> Tra
         tags=tuple(tags),
         notes=first(section.notes, "WANDB_NOTES"),
     )
+
+
+def is_logged_in() -> bool:
+    """Whether W&B knows who sends, from its variable or from `wandb login`."""
+    import wandb
+
+    return bool(wandb.api.api_key)
+
+
+def unreachable() -> str:
+    """Return the address of W&B's server where it takes no connection; empty when it does.
+
+    Decided within seconds, see `wara.net.reachable`.
+    """
+    import wandb
+
+    address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
+    return "" if reachable(address) else str(address)
 
 
 def key_of(name: str) -> str:

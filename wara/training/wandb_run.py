@@ -11,9 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wara.errors import WaraError
-from wara.net import reachable
 from wara.runs.progress import Row
-from wara.training.tracking import Tracking, epochs_in, files_of, is_sent
+from wara.training.tracking import (
+    Tracking,
+    epochs_in,
+    files_of,
+    is_logged_in,
+    is_sent,
+    unreachable,
+)
 
 
 class WandbRun:
@@ -138,16 +144,14 @@ class WandbRun:
 
 def _mode(wanted: str, folder: Path, unsent: Sequence[Path]) -> tuple[str, str]:
     """Return the mode that a run can have now, and a remark where it is not the wanted one."""
-    import wandb
-
     if wanted != "online":
         return wanted, ""
-    if not wandb.api.api_key:
+    if not is_logged_in():
         raise WaraError(
             "config", "wandb is not logged in", "W&B mode online",
             "run `wandb login`, or set wandb.mode=offline",
         )  # fmt: skip
-    if not reachable(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url):
+    if unreachable():
         return "offline", f"wandb is not reachable; writing offline to {folder / 'wandb'}"
     if unsent:
         # Epochs that come before those of now; the server takes them in the order they arrive.
