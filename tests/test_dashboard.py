@@ -38,7 +38,8 @@ def test_without_a_login_it_says_how_to_send_and_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dashboard, "find_spec", lambda _: object())
-    monkeypatch.setattr(dashboard, "is_logged_in", lambda: False)
+    monkeypatch.setattr(dashboard, "unreachable", lambda: "")
+    monkeypatch.setattr(dashboard, "unknown_sender", lambda: "wandb is not logged in")
     for name in ("one", "compared/cell two"):
         offline_run(tmp_path / "runs" / name, name[-3:])
     sent = tmp_path / "runs" / "sent"
@@ -65,22 +66,21 @@ def test_without_a_login_it_says_how_to_send_and_look(
 
 
 @pytest.mark.parametrize(
-    ("mode", "installed", "logged_in", "away", "words"),
+    ("mode", "installed", "words"),
     [
-        ("offline", True, True, "", "WANDB_MODE is offline; unset it"),
-        (None, False, True, "", "pip install 'wara[dashboard]'"),
-        (None, True, True, "https://api.wandb.ai", "https://api.wandb.ai is not reachable"),
+        ("offline", True, "WANDB_MODE is offline; unset it"),
+        (None, False, "pip install 'wara[dashboard]'"),
+        (None, True, "http://127.0.0.1:9 is not reachable"),
     ],
 )
 def test_why_it_is_not_made_is_said_with_a_remedy(
-    mode: str | None, installed: bool, logged_in: bool, away: str, words: str,
+    mode: str | None, installed: bool, words: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setattr(dashboard, "find_spec", lambda _: object() if installed else None)
-    monkeypatch.setattr(dashboard, "is_logged_in", lambda: logged_in)
-    monkeypatch.setattr(dashboard, "unreachable", lambda: away)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert cli.main(["dashboard"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert words in lines[1] and lines[2] == "runs       0 below runs are not sent yet"

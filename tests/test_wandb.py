@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_helpers import environment, tiny_config
+from training_helpers import environment, spawn, tiny_config
+from wandb_server import served
 
 from wara.config.schema import WandbConfig
 from wara.errors import WaraError
@@ -229,3 +230,47 @@ def test_tables_of_the_update_hold_its_numbers(tmp_path: Path) -> None:
         ["blocks.0", "all", 1, 3.0], ["blocks.0", "all", 2, 1.0]
     ]  # fmt: skip
     assert update_tables({}, {}, tmp_path) == {}
+
+
+STOP = """
+import os, signal
+from wara.training.task import FineTuning
+step, seen = FineTuning.training_step, []
+def stopping(self, *args):
+    seen.append(0)
+    if len(seen) == 11:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *args)
+FineTuning.training_step = stopping
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_the_server_has_every_epoch_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """W&B's client sends a run stopped after epoch 2 of 4 and resumed, live or by `wandb sync`."""
+    config = tiny_config(tmp_path, epochs=4, wandb={"mode": mode, "project": "p", "entity": "e"})
+    with served() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+        for before, flags, code in ((STOP, {}, 143), ("", {"resume": True}, 0)):
+            process = spawn(config, before, **flags)
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == code, out + err
+            assert "note: wandb" not in out
+        store = tmp_path / "run" / "wandb"
+        if mode == "offline":
+            assert server.history == {}
+            command = [sys.executable, "-m", "wandb", "sync", str(store)]
+            subprocess.run(command, env=environment(), check=True, timeout=300)
+        (run_id,) = server.history
+        assert [row["epoch"] for row in server.rows(run_id) if "epoch" in row] == [1, 2, 3, 4]
+        steps = [row["_step"] for row in server.rows(run_id)]
+        assert steps == list(range(len(steps)))
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        found = server.summary[run_id]
+        assert found["best_epoch"] == metrics["best_epoch"]
+        assert found["test_auc_macro"] == metrics["test"]["auc_macro"]["value"]

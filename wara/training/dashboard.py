@@ -10,7 +10,7 @@ from typing import Any
 
 from wara.errors import WaraError
 from wara.storage import write_json
-from wara.training.tracking import Tracking, is_logged_in, is_sent, unreachable
+from wara.training.tracking import Tracking, is_sent, unknown_sender, unreachable
 
 _SCORE = "summary:test_auc_macro"
 
@@ -165,10 +165,11 @@ def _reason(mode: str) -> str:
         return f"WANDB_MODE is {mode}; unset it"
     if find_spec("wandb_workspaces") is None:
         return "wandb-workspaces is not installed; pip install 'wara[dashboard]'"
-    if not is_logged_in():
-        return "wandb is not logged in; run `wandb login`"
     away = unreachable()
-    return f"{away} is not reachable; look at the network, or WANDB_BASE_URL" if away else ""
+    if away:
+        return f"{away} is not reachable; look at the network, or WANDB_BASE_URL"
+    stranger = unknown_sender()
+    return f"{stranger}; run `wandb login`" if stranger else ""
 
 
 def _saved(spec: dict[str, Any], out: Path) -> str:

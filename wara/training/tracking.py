@@ -77,13 +77,6 @@ def settle(section: WandbConfig, environ: Mapping[str, str] = os.environ) -> Tra
     )
 
 
-def is_logged_in() -> bool:
-    """Whether W&B knows who sends, from its variable or from `wandb login`."""
-    import wandb
-
-    return bool(wandb.api.api_key)
-
-
 def unreachable() -> str:
     """Return the address of W&B's server where it takes no connection; empty when it does.
 
@@ -93,6 +86,20 @@ def unreachable() -> str:
 
     address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
     return "" if reachable(address) else str(address)
+
+
+def unknown_sender() -> str:
+    """Return why W&B does not know who sends; empty when it does.
+
+    Asks the server, which takes long where none answers: ask `unreachable` first.
+    """
+    import wandb
+
+    try:
+        known = wandb.login(prompt=False)
+    except wandb.Error as error:
+        return f"W&B does not take the key: {' '.join(str(error).split())}"
+    return "" if known else "wandb is not logged in"
 
 
 def key_of(name: str) -> str:

@@ -16,8 +16,8 @@ from wara.training.tracking import (
     Tracking,
     epochs_in,
     files_of,
-    is_logged_in,
     is_sent,
+    unknown_sender,
     unreachable,
 )
 
@@ -36,7 +36,7 @@ class WandbRun:
         config: what to show as the run's config.
 
     Raises:
-        WaraError: kind "config", when `online` is asked for without a login.
+        WaraError: kind "config", when `online` is asked for and W&B does not know who sends.
         OSError: when W&B's files of an earlier process are not read.
     """
 
@@ -146,13 +146,14 @@ def _mode(wanted: str, folder: Path, unsent: Sequence[Path]) -> tuple[str, str]:
     """Return the mode that a run can have now, and a remark where it is not the wanted one."""
     if wanted != "online":
         return wanted, ""
-    if not is_logged_in():
-        raise WaraError(
-            "config", "wandb is not logged in", "W&B mode online",
-            "run `wandb login`, or set wandb.mode=offline",
-        )  # fmt: skip
     if unreachable():
         return "offline", f"wandb is not reachable; writing offline to {folder / 'wandb'}"
+    stranger = unknown_sender()
+    if stranger:
+        raise WaraError(
+            "config", stranger, "W&B mode online",
+            "run `wandb login`, or set wandb.mode=offline",
+        )  # fmt: skip
     if unsent:
         # Epochs that come before those of now; the server takes them in the order they arrive.
         return "offline", (
