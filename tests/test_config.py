@@ -45,8 +45,8 @@ def test_numbers_are_those_of_yaml_1_2(write, text, value):
 
 
 def test_words_of_yaml_1_1_stay_words(write):
-    config = load_config(write("wandb: off\namp: off\ndataset: no\n"))
-    assert (config.wandb, config.amp, config.dataset) == ("off", "off", "no")
+    config = load_config(write("wandb: {notes: on}\namp: off\ndataset: no\n"))
+    assert (config.wandb.notes, config.amp, config.dataset) == ("on", "off", "no")
 
 
 def test_override_wins_and_the_last_one_of_two(write):
@@ -59,11 +59,11 @@ def test_override_wins_and_the_last_one_of_two(write):
 def test_override_takes_lists_null_and_quoted_text(write):
     config = load_config(
         write("clip_grad: 1.0\n"),
-        ["clip_grad=null", "adapter.blocks=[4, 5]", 'wandb_project="12"', "adapter.targets=[q, v]"],
+        ["clip_grad=null", "adapter.blocks=[4, 5]", 'wandb.project="12"', "adapter.targets=[q, v]"],
     )
     assert config.clip_grad is None
     assert config.adapter == WaRA(blocks=(4, 5), targets=("q", "v"))
-    assert config.wandb_project == "12"
+    assert config.wandb.project == "12"
 
 
 def test_override_of_a_section_replaces_it(write):
@@ -94,7 +94,8 @@ def test_every_fault_is_told_at_once_with_place_and_remedy(write):
         "compile: 1\n"
         "warmup_epochs: .nan\n"
     )
-    lines = faults(path, ["patience=0", "data.workers=1", "seed=[1", "xx", "wandb=of", "out.y=3"])
+    sets = ["patience=0", "data.workers=1", "seed=[1", "xx", "wandb.mode=of_line", "out.y=3"]
+    lines = faults(path, sets)
     expected = [
         r"data has no keys below it; --set data\.workers=1;",
         r"not YAML: .*; --set seed=\[1; put quotes",
@@ -112,7 +113,7 @@ def test_every_fault_is_told_at_once_with_place_and_remedy(write):
         r"compile should be true or false, not 1; .*line 9",
         r"warmup_epochs should be a finite number, not \.nan; .*line 10",
         r"patience should be at least 1, not 0; --set patience=0",
-        r'wandb should be one of offline, online, off, not "of"; --set wandb=of; did you mean',
+        r'wandb\.mode should be one of online, offline, disabled, not "of_line"; --set .*; did you',
     ]
     for pattern in expected:
         assert sum(bool(re.search(pattern, line)) for line in lines) == 1, (pattern, lines)
@@ -156,6 +157,20 @@ def test_unknown_key_names_the_one_that_was_meant(write, key, meant):
 def test_bad_files_are_refused_in_one_line(write, text, part):
     lines = faults(write(text))
     assert len(lines) == 1 and part in lines[0] and "run.yaml" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("wandb: off", "wandb.mode=disabled"),
+        ("wandb: online", "wandb.mode=online"),
+        ("wandb_project: mine", "'wandb.project'"),
+        ("wandb_images: true", "'wandb.images'"),
+    ],
+)
+def test_former_keys_of_wandb_name_the_new_ones(write, old, new):
+    for (line,) in (faults(write(old + "\n")), faults(write(""), [old.replace(": ", "=")])):
+        assert new in line.rsplit("; ", 1)[-1], line
 
 
 def test_file_that_is_not_text_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from wara.cli import main, read_config
 from wara.config import list_configs
 
-SMALL = ["data.images=60", "epochs=1", "bootstrap=20", "wandb=off"]
+SMALL = ["data.images=60", "epochs=1", "bootstrap=20", "wandb.mode=disabled"]
 
 
 @pytest.mark.slow

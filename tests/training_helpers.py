@@ -61,7 +61,7 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         "epochs": 3,
         "batch_size": 8,
         "bootstrap": 20,
-        "wandb": "off",
+        "wandb": {"mode": "disabled"},
         "amp": "off",
         "accelerator": "cpu",
         "offline": "error",

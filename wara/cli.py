@@ -12,9 +12,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wara.deploy.verbs import VERBS
+from wara.deploy.verbs import VERBS, Verb
 from wara.errors import WaraError, as_refusal, suggest
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def build_parser() -> _Parser:
     _add_train_arguments(train)
     train.set_defaults(verb=_train, parser=train)
 
-    for word in VERBS:
+    for word in (*VERBS, DASHBOARD):
         parsed = verbs.add_parser(
             word.name, help=word.help, description=f"{word.help.capitalize()}."
         )
@@ -224,6 +225,35 @@ def _train(arguments: argparse.Namespace) -> None:
     )
 
 
+def _dashboard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--project", metavar="P", help="W&B project (default: as for runs)")
+    parser.add_argument("--entity", metavar="E", help="user or team (default: that of the login)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("dashboard.json"), metavar="FILE",
+        help="where its layout is written (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER",
+        help="where to look for runs that are not sent yet (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _dashboard(arguments: argparse.Namespace) -> None:
+    from wara.config.schema import WandbConfig
+    from wara.training.dashboard import make
+    from wara.training.tracking import settle
+
+    # A dashboard is there to be seen; only who says so keeps W&B offline.
+    mode = None if os.environ.get("WANDB_MODE") else "online"
+    section = {"mode": mode, "project": arguments.project, "entity": arguments.entity}
+    make(settle(WandbConfig.model_validate(section)), arguments.out, arguments.runs)
+
+
+DASHBOARD = Verb(
+    "dashboard", "make a W&B dashboard of the runs", _dashboard_arguments, _dashboard
+)  # fmt: skip
+
+
 def _no_verb(arguments: argparse.Namespace) -> None:
     if arguments.version:
         from wara import __version__
@@ -292,8 +322,6 @@ def _backbone_rows() -> Iterable[Sequence[str]]:
 
 
 def _check_dataset(name: str) -> None:
-    from pathlib import Path
-
     from wara.cards import list_cards
 
     cards = list_cards()

@@ -49,6 +49,8 @@ SYNONYMS = {
     "output_dir": "out",
     "early_stopping": "patience",
     "gradient_clip_val": "clip_grad",
+    "wandb_project": "wandb.project",
+    "wandb_images": "wandb.images",
 }
 
 

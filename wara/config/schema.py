@@ -140,6 +140,31 @@ class DataConfig(Section):
         return value
 
 
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class WandbConfig(Section):
+    """Where Weights & Biases shows a run. A null key is W&B's own variable, where it is set."""
+
+    mode: Literal["online", "offline", "disabled"] | None = Field(
+        None, description="Live, files only, or not at all; null: WANDB_MODE, else offline."
+    )
+    project: str | None = Field(
+        None, min_length=1, description="Project there; null: WANDB_PROJECT, else wara."
+    )
+    entity: str | None = Field(
+        None, min_length=1, description="User or team; null: WANDB_ENTITY, else that of the login."
+    )
+    group: str | None = Field(
+        None, min_length=1, description="Runs that belong together; null: WANDB_RUN_GROUP."
+    )
+    tags: list[Tag] | None = Field(
+        None, description="Words to find the run by; null: WANDB_TAGS, with commas between."
+    )
+    notes: str | None = Field(None, description="Remark beside the run; null: WANDB_NOTES.")
+    images: bool = Field(False, description="Send images and file names too; may name patients.")
+
+
 class RunConfig(Section):
     """Everything that decides a run. Field order is the order in the resolved file."""
 
@@ -205,14 +230,16 @@ class RunConfig(Section):
     )
     bootstrap: int = Field(1000, ge=0, description="Resamples behind each 95 % interval.")
 
-    wandb: Literal["offline", "online", "off"] = Field(
-        "offline", description="Weights & Biases: files only, live, or not at all."
-    )
-    wandb_project: str = Field("wara", min_length=1, description="Project name there.")
-    wandb_images: bool = Field(
-        False, description="Send images and file names too; may name patients."
-    )
+    wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
     tensorboard: bool = Field(False, description="Write TensorBoard files too.")
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _was_a_word(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            mode = "disabled" if value == "off" else value
+            raise fault("wandb is a section", f"write wandb.mode={mode}")
+        return value
 
     @field_validator("warmup_epochs")
     @classmethod

@@ -120,7 +120,7 @@ def roc_curves(
         path: the PNG to write.
         synthetic: stamp the figure.
     """
-    curves, skipped = _one_against_rest(labels, probs, classes, need_negatives=True)
+    curves, skipped = one_against_rest(labels, probs, classes, need_negatives=True)
     fig, ax = _curve_axes(len(curves) + len(skipped))
     for i, (name, truth, score) in enumerate(curves):
         false_positive, true_positive, _ = roc_curve(truth, score)
@@ -144,7 +144,7 @@ def pr_curves(
 
     Arguments as `roc_curves`; a class without positives is named, not drawn.
     """
-    curves, skipped = _one_against_rest(labels, probs, classes, need_negatives=False)
+    curves, skipped = one_against_rest(labels, probs, classes, need_negatives=False)
     fig, ax = _curve_axes(len(curves) + len(skipped))
     for i, (name, truth, score) in enumerate(curves):
         precision, recall, _ = precision_recall_curve(truth, score)
@@ -380,10 +380,20 @@ def _column(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
     return np.array([number(row.get(key)) for row in rows])
 
 
-def _one_against_rest(
+def one_against_rest(
     labels: ArrayLike, probs: ArrayLike, classes: Sequence[str], *, need_negatives: bool
 ) -> tuple[list[tuple[str, NDArray[Any], NDArray[Any]]], list[str]]:
-    """Return (name, 0/1 truth, score) of the classes that have a curve, and words on the others."""
+    """Return (name, 0/1 truth [n], score [n]) of the classes with a curve, and words on the others.
+
+    Args:
+        labels: class indices [n], or 0/1 [n, c] for multilabel.
+        probs: [n, c].
+        classes: c names; of two that exclude each other, the second has the curve.
+        need_negatives: whether a curve needs images without the class too.
+
+    Raises:
+        WaraError: `usage` when the shapes do not fit, `nonfinite` for a probability that is none.
+    """
     y, p = np.asarray(labels), np.asarray(probs, dtype=np.float64)
     if p.ndim != 2 or p.shape[1] != len(classes) or y.shape not in (p.shape, p.shape[:1]):
         raise WaraError("usage", f"labels {y.shape}, probabilities {p.shape}, {len(classes)} names")

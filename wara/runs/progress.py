@@ -25,6 +25,11 @@ class Progress:
     """Epochs since the best one."""
     history: list[Row] = field(default_factory=list)
 
+    @property
+    def best(self) -> Row:
+        """The row of the best epoch so far; empty before the first."""
+        return self.history[self.best_epoch - 1] if self.best_epoch else {}
+
     def better(self, value: float) -> bool:
         """Whether `value` beats the best so far; the earlier epoch wins a tie."""
         if self.best_value is None:

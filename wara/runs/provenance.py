@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
@@ -41,18 +42,28 @@ class Provenance:
     def __init__(
         self, path: Path, facts: dict[str, Any], *, synthetic: bool, resumed: bool
     ) -> None:
-        started = [utc_now()]
+        started, wandb_run = [utc_now()], None
         if resumed:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                started = [*read_json(path)["started"], *started]
+                earlier = read_json(path)
+                wandb_run = earlier.get("wandb_run")
+                started = [*earlier["started"], *started]
         self.path = path
         self.content = {
-            "synthetic": synthetic, "status": "running", "started": started, "ended": None, **facts
+            "synthetic": synthetic, "status": "running", "started": started, "ended": None,
+            "wandb_run": wandb_run, **facts,
         }  # fmt: skip
 
     def write(self) -> None:
         """Write the file, while the run goes on."""
         write_json(self.path, self.content)
+
+    def wandb_run(self) -> str:
+        """Return what W&B knows the run by; drawn once, and kept when the run is resumed."""
+        if not self.content["wandb_run"]:
+            self.content["wandb_run"] = secrets.token_hex(6)
+            self.write()
+        return str(self.content["wandb_run"])
 
     def end(self, status: str) -> None:
         """Note how the run ended: `interrupted`, `failed` or `finished`."""

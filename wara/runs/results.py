@@ -57,12 +57,39 @@ class Facts:
     plan: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Update:
+    """What an adapter learnt, in numbers; empty where a method has none.
+
+    Args:
+        energy: layer -> subband -> energy, see `subband_energy`.
+        spectra: layer -> subband -> singular values, see `singular_values`.
+    """
+
+    energy: Mapping[str, Mapping[str, float]]
+    spectra: Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def measure_update(model: nn.Module, images: Tensor) -> Update:
+    """Measure the update of an adapted model.
+
+    Args:
+        model: on its device.
+        images: `[b, 3, H, W]` on it too; the first ones decide the energies.
+    """
+    spectra = {
+        layer: {band: values.tolist() for band, values in bands.items()}
+        for layer, bands in singular_values(model).items()
+    }
+    return Update(subband_energy(model, images[:_ENERGY_IMAGES]), spectra)
+
+
 def write_results(
     folder: RunFolder,
     facts: Facts,
     splits: Mapping[str, Split],
     model: nn.Module,
-    images: Tensor,
+    update: Update,
     progress: Progress,
     *,
     epochs: int,
@@ -76,8 +103,8 @@ def write_results(
         folder: of the run.
         facts: what it is about.
         splits: `val` and `test`, evaluated.
-        model: in the state of the best epoch, on its device.
-        images: `[b, 3, H, W]`, some of the split that figures show, on the model's device.
+        model: in the state of the best epoch.
+        update: what it learnt.
         progress: how training went.
         epochs: planned number of epochs.
         warmup_epochs: length of the warm-up.
@@ -126,7 +153,7 @@ def write_results(
         },
     )
     shown = shown_split(splits)
-    _figures(folder, facts, splits[shown].found, model, images[:_ENERGY_IMAGES], progress)
+    _figures(folder, facts, splits[shown].found, update, progress)
     classes = [_class_table(name, split.found, facts) for name, split in splits.items()]
     clustered = any(p is not None for split in splits.values() for p in split.patients)
     resampled = (
@@ -188,8 +215,7 @@ def _figures(
     folder: RunFolder,
     facts: Facts,
     found: Predictions,
-    model: nn.Module,
-    images: Tensor,
+    update: Update,
     progress: Progress,
 ) -> None:
     where, classes, synthetic = folder.plots, facts.classes, facts.synthetic
@@ -205,13 +231,7 @@ def _figures(
     plots.pr_curves(labels, probs, classes, where / "pr.png", synthetic=synthetic)
     plots.confusion(labels, found.predicted, classes, where / "confusion.png", synthetic=synthetic)
     plots.reliability(labels, probs, where / "reliability.png", synthetic=synthetic)
-    energy = subband_energy(model, images)
-    if energy:
-        plots.subband_energy(energy, where / "subband_energy.png", synthetic=synthetic)
-    spectra = singular_values(model)
-    if spectra:
-        numbers = {
-            layer: {band: values.tolist() for band, values in bands.items()}
-            for layer, bands in spectra.items()
-        }
-        plots.singular_values(numbers, where / "singular_values.png", synthetic=synthetic)
+    if update.energy:
+        plots.subband_energy(update.energy, where / "subband_energy.png", synthetic=synthetic)
+    if update.spectra:
+        plots.singular_values(update.spectra, where / "singular_values.png", synthetic=synthetic)

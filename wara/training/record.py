@@ -18,7 +18,7 @@ from wara.errors import as_refusal
 from wara.evaluation.predict import Predictions
 from wara.evaluation.split import Split
 from wara.runs.folder import RunFolder
-from wara.runs.progress import Progress
+from wara.runs.progress import Progress, Row
 from wara.runs.provenance import Provenance, collect, peak_memory_mb
 from wara.runs.tables import label_names, write_curves, write_splits
 from wara.storage import write_text
@@ -28,6 +28,7 @@ from wara.training.loggers import Sinks, public_config
 from wara.training.plan import Plan
 from wara.training.setup import Prepared
 from wara.training.signals import Stopped
+from wara.training.tracking import Tracking
 
 
 class Record:
@@ -37,14 +38,22 @@ class Record:
         run: the run.
         folder: of the run.
         console: where to print, and the log.
+        tracking: where W&B shows it.
         first: whether this is the first process; the others write nothing.
         resume: whether to go on from the last checkpoint.
     """
 
     def __init__(
-        self, run: Prepared, folder: RunFolder, console: Console, *, first: bool, resume: bool
+        self,
+        run: Prepared,
+        folder: RunFolder,
+        console: Console,
+        tracking: Tracking,
+        *,
+        first: bool,
+        resume: bool,
     ) -> None:
-        self.run, self.folder, self.console = run, folder, console
+        self.run, self.folder, self.console, self.tracking = run, folder, console, tracking
         self.first, self.resume = first, resume
         self.progress = Progress()
         self.provenance: Provenance | None = None
@@ -129,7 +138,7 @@ class Record:
             images: `[b, 3, h, w]`, of the split that figures show.
         """
         from wara.runs.report import result_table
-        from wara.runs.results import Facts, write_results
+        from wara.runs.results import Facts, measure_update, shown_split, write_results
 
         run, config = self.run, self.run.config
         facts = Facts(
@@ -147,13 +156,22 @@ class Record:
             banners=plan.banners,
             plan=plan.lines(),
         )
+        update = measure_update(run.model, images.to(next(run.model.parameters()).device))
         metrics = write_results(
-            self.folder, facts, splits, run.model,
-            images.to(next(run.model.parameters()).device), self.progress,
+            self.folder, facts, splits, run.model, update, self.progress,
             epochs=config.epochs, warmup_epochs=config.warmup_epochs, bootstrap=config.bootstrap,
             peak_memory_mb=peak_memory_mb(run.device.accelerator == "gpu"),
         )  # fmt: skip
-        self._close_sinks(metrics, splits["test"].found)
+        shown = shown_split(splits)
+        self.sinks.results(
+            metrics=metrics | {"dataset": self.public},
+            images=self._pictures(splits[shown].found) if config.wandb.images else [],
+            split=shown, energy=update.energy, spectra=update.spectra, plots=self.folder.plots,
+            labels=splits[shown].found.labels, probs=splits[shown].found.probs,
+            predicted=splits[shown].found.predicted, classes=run.classes,
+            adapter=self.folder.adapter,
+        )  # fmt: skip
+        self.sinks.close(0)
         assert self.provenance is not None
         self.provenance.end("finished")
         table = result_table(splits["val"].scores, splits["test"].scores)
@@ -185,41 +203,48 @@ class Record:
         if progress.epoch and refusal.kind != "bug":
             console.say(f"kept: the checkpoint after epoch {progress.epoch}")
 
+    def epoch(self, _: int, row: Row) -> None:
+        """Log an epoch; called after `progress` has counted it in."""
+        self.sinks.epoch(row, self.progress.best)
+
     def _start_sinks(self) -> None:
-        config, images = self.run.config, self.run.images
+        config, tracking = self.run.config, self.tracking
+        assert self.provenance is not None
         self.sinks.start(
             self.folder.path,
-            wandb=config.wandb,
-            project=config.wandb_project,
+            tracking=tracking,
+            run_id="" if tracking.mode == "disabled" else self.provenance.wandb_run(),
             name=f"{self.public}_{config.adapter.name}_s{config.seed}",
-            config={
-                **public_config(config.model_dump(mode="json")),
-                "synthetic": images.synthetic,
-            },
+            config=public_config(config.model_dump(mode="json")) | self._groups(),
             tensorboard=config.tensorboard,
         )
-        # A resumed run starts a new file; with the rows so far it holds the whole curve.
-        for row in self.progress.history:
-            self.sinks.epoch(int(row["epoch"] or 0), row)
+        self.sinks.again(self.progress)
 
-    def _close_sinks(self, metrics: dict[str, Any], found: Predictions) -> None:
-        config, images = self.run.config, []
-        if config.wandb_images:
-            shown = zip(found.index[:8], found.labels[:8], found.predicted[:8], strict=True)
-            images = [
-                (
-                    self.run.images.read(int(i)),
-                    f"label {label_names(label, self.run.classes) or 'none'}, "
-                    f"predicted {label_names(guess, self.run.classes) or 'none'}",
-                )
-                for i, label, guess in shown
-            ]
-        self.sinks.results(
-            metrics=metrics | {"dataset": self.public},
-            labels=found.labels, probs=found.probs, predicted=found.predicted,
-            classes=self.run.classes, adapter=self.folder.adapter, images=images,
-        )  # fmt: skip
-        self.sinks.close(0)
+    def _groups(self) -> dict[str, Any]:
+        """Return what people group runs by, each a key of its own at the top."""
+        run = self.run
+        return {
+            "synthetic": run.images.synthetic,
+            "dataset": self.public,
+            "modality": run.images.card.modality,
+            "method": run.config.adapter.name,
+            "adapter_params": run.counts["adapter"],
+            "head_params": run.counts["head"],
+            "budget": run.budget[0] if run.budget else None,
+            "split_seed": run.config.data.split_seed,
+            "seed": run.config.seed,
+        }
+
+    def _pictures(self, found: Predictions) -> list[tuple[Any, str]]:
+        shown = zip(found.index[:8], found.labels[:8], found.predicted[:8], strict=True)
+        return [
+            (
+                self.run.images.read(int(i)),
+                f"label {label_names(label, self.run.classes) or 'none'}, "
+                f"predicted {label_names(guess, self.run.classes) or 'none'}",
+            )
+            for i, label, guess in shown
+        ]
 
 
 def _facts_of(run: Prepared) -> dict[str, Any]:

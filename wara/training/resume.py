@@ -14,7 +14,7 @@ from wara.training.setup import Prepared
 # May differ between a run and its resumption: they change where and how fast, not what.
 _FREE = (
     "out", "offline", "data.workers", "data.cache", "data.cache_limit", "devices", "accelerator",
-    "bootstrap", "wandb", "wandb_project", "wandb_images", "tensorboard",
+    "bootstrap", "wandb", "tensorboard",
 )  # fmt: skip
 
 
@@ -31,7 +31,8 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
     """
     _check_version(folder)
     earlier = load_config(folder.config).resolved().model_dump(mode="json")
-    keys = [key for key in differences(earlier, config.model_dump(mode="json")) if key not in _FREE]
+    changed = differences(earlier, config.model_dump(mode="json"))
+    keys = [key for key in changed if not {key, key.partition(".")[0]} & set(_FREE)]
     if keys:
         remedy = f"use the same config ({folder.config}), or another --out"
         raise WaraErrors(

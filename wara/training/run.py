@@ -19,6 +19,7 @@ from wara.training.record import Record
 from wara.training.resume import check_config, check_finished
 from wara.training.setup import Prepared, kernels, prepare
 from wara.training.signals import StopSignals
+from wara.training.tracking import settle
 
 
 def run_here(
@@ -38,6 +39,7 @@ def run_here(
         kernels(config.deterministic),
         Console(quiet=quiet, enabled=first) as console,
     ):
+        tracking = settle(config.wandb)
         if first:
             folder.check(resume=resume, overwrite=overwrite)
         again = resume and folder.is_run
@@ -56,7 +58,7 @@ def run_here(
             check_finished(folder, run)
             console.final(f"already finished: {folder.path}")
         else:
-            record = Record(run, folder, console, first=first, resume=resume)
+            record = Record(run, folder, console, tracking, first=first, resume=resume)
             with record.kept(overwrite=overwrite):
                 _train(run, record, stop)
                 stop.graceful = False
@@ -80,7 +82,7 @@ def _train(run: Prepared, record: Record, stop: StopSignals) -> None:
         progress=record.progress,
         identity=run.identity,
         synthetic=run.images.synthetic,
-        sinks=[record.sinks.epoch],
+        sinks=[record.epoch],
     )
     fit(
         run.model, run.recipe(), run.images, run.splits, run.backbone.spec,
