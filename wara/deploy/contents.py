@@ -44,14 +44,14 @@ def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
     point = manifest["operating_point"]
     if point is None:
         return
-    _check(point, _POINT, where)
+    _check(manifest, _POINT, where)
     positive = point["positive"]
     every = len(positive) == len(names) and manifest["task"] != "multilabel"
     if every or len(set(positive)) < len(positive) or not set(positive) <= set(names):
         what = f"operating_point.positive is {_short(positive)}, not some of {_short(names)}"
         raise _refusal(what, where)
     for part in sorted(point.keys() - {"positive", "asked", "threshold"}):
-        _check(point, ((part, _measures, "measures"),), where)
+        _check(manifest, ((f"operating_point.{part}", _measures, "measures"),), where)
 
 
 def check_reliability(trusted: Mapping[str, Any], temperature: float, where: str) -> None:
@@ -221,7 +221,8 @@ def _whole(value: Any, low: int = 0, high: float = _HUGE) -> bool:
 
 
 def _word(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and value.isprintable()
+    # Names are joined by "|" in rows, and stand in refusals of one line; cards ask the same.
+    return isinstance(value, str) and bool(value) and not any(c < " " or c == "|" for c in value)
 
 
 def _text(value: Any) -> bool:
@@ -324,9 +325,9 @@ _MANIFEST: tuple[Rule, ...] = (
     *((at, _word, "a name") for at in _WORDS),
 )
 _POINT: tuple[Rule, ...] = (
-    ("positive", lambda v: _some(v, _word), "names of classes"),
-    ("asked", _asked, "a sensitivity or a specificity from 0 to 1"),
-    ("threshold", _probability, "a number from 0 to 1"),
+    ("operating_point.positive", lambda v: _some(v, _word), "names of classes"),
+    ("operating_point.asked", _asked, "a sensitivity or a specificity from 0 to 1"),
+    ("operating_point.threshold", _probability, "a number from 0 to 1"),
 )
 _RELIABILITY: tuple[Rule, ...] = (
     _TEMPERATURE,
