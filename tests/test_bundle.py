@@ -21,11 +21,6 @@ from wara.deploy.verify import verify
 from wara.errors import WaraError
 
 
-@pytest.fixture
-def copy(bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(bundle, tmp_path / "copy"))
-
-
 def reseal(folder: Path, **changes: Any) -> None:
     """Write a manifest that is whole in itself, as somebody would who wants to deceive."""
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -133,7 +128,7 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
 # -- ONNX ---------------------------------------------------------------------------------------
 
 
-def model(domain: str = "", external: bool = False) -> bytes:
+def model(domain: str = "", external: bool = False, training: bool = False) -> bytes:
     weight = helper.make_tensor("w", TensorProto.FLOAT, [2], np.ones(2, "f4").tobytes(), raw=True)
     if external:
         weight.ClearField("raw_data")
@@ -149,7 +144,28 @@ def model(domain: str = "", external: bool = False) -> bytes:
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 20)]
     opsets += [helper.make_opsetid(domain, 1)] if domain else []
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    made = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    if training:
+        made.training_info.add().algorithm.CopyFrom(graph)
+    return made.SerializeToString()
+
+
+def test_steps_of_a_training_are_refused() -> None:
+    with pytest.raises(WaraError, match="holds steps of a training"):
+        session(model(training=True), "m")
+
+
+def test_external_data_in_a_default_of_a_function_is_found() -> None:
+    for external in (False, True):
+        proto = onnx.load_from_string(model(external=external))
+        function = helper.make_function("", "f", ["x"], ["y"], [], [helper.make_opsetid("", 20)])
+        function.attribute_proto.append(helper.make_attribute("w", proto.graph.initializer[0]))
+        made = onnx.load_from_string(model())
+        made.functions.append(function)
+        if not external:
+            check_onnx(made.SerializeToString(), "m")
+    with pytest.raises(WaraError, match="reads tensors from other files"):
+        check_onnx(made.SerializeToString(), "m")
 
 
 def test_a_plain_graph_is_accepted(bundle: Path) -> None:

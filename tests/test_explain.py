@@ -64,11 +64,6 @@ def test_so_does_that_of_other_methods(adapter: dict[str, Any], tmp_path: Path) 
     assert largest_difference(make_bundle(tmp_path, adapter=adapter, epochs=1)) < 1e-4
 
 
-@pytest.fixture
-def copy(bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(bundle, tmp_path / "copy"))
-
-
 def refused(folder: Path) -> str:
     with pytest.raises(WaraError) as caught:
         load_bundle_model(open_bundle(folder))

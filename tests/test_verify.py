@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -50,6 +51,21 @@ def test_a_line_that_was_changed_removed_or_moved_is_named(
     with pytest.raises(WaraError, match=said) as caught:
         verify_trace(copy)
     assert caught.value.exit_code == 4 and main(["verify", str(copy)]) == 4
+
+
+@pytest.mark.parametrize(
+    "line", [{"kind": "close"}, {"kind": "close", "lines": "1"}, {"kind": ["open"]}, {"kind": "x"},
+             {"kind": "open"}, {"kind": "close", "lines": 1, "previous": 0}],
+)  # fmt: skip
+def test_a_line_that_lacks_what_its_kind_has(line: dict[str, Any], tmp_path: Path) -> None:
+    body = {"time": "2026-01-01", "previous": "0" * 64, **line}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    said = hashlib.sha256(text.encode()).hexdigest()
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps({**body, "hash": said}) + "\n")
+    with pytest.raises(WaraError, match="line 1 is no line of a trace"):
+        verify_trace(path)
+    assert main(["verify", str(path)]) == 4
 
 
 def test_calls_without_an_end_are_told(trace: Path, tmp_path: Path) -> None:

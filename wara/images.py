@@ -45,6 +45,7 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+INTERPOLATIONS = tuple(_RESAMPLING)
 _CONVERT = "convert it to PNG, JPEG, TIFF or DICOM"
 _BITS = "declare bits in the card or data.bits (12 for most detectors), or convert it to 8 bits"
 _NO_IMAGES = (

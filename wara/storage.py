@@ -213,7 +213,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """Read a JSON object from bytes that may be damaged or hostile.
 
     Raises:
-        ValueError: when they are no UTF-8 JSON object, name a key twice, or nest too deep.
+        ValueError: when they are no UTF-8 JSON object, name a key twice, nest too deep, or hold
+            NaN or Infinity.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,8 +223,11 @@ def parse_json(data: bytes) -> dict[str, Any]:
             raise ValueError("a key stands twice")
         return found
 
+    def no_number(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
     try:
-        content = json.loads(data.decode(), object_pairs_hook=once)
+        content = json.loads(data.decode(), object_pairs_hook=once, parse_constant=no_number)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     if not isinstance(content, dict):

@@ -1,22 +1,29 @@
 """A bundle: a folder with a model and all that is needed to use it, checked byte by byte.
 
-This file travels in every bundle and needs nothing but Python and `wara.errors`. It runs no code of
-a bundle, follows no name out of the folder, and reads nothing before its size is known.
+This file travels in every bundle. It runs no code of a bundle, follows no name out of the folder,
+and reads nothing before its size is known.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
+from wara.deploy.contents import check_manifest
 from wara.errors import WaraError
+from wara.storage import file_sha256, parse_json
 
 FORMAT, VERSION = "wara-bundle", 1
 MANIFEST = "manifest.json"
 LARGEST_JSON = 16 << 20  # bytes
+# Of what is read as a whole; 2 GiB is where protocol buffers end.
+_LARGEST = {".json": LARGEST_JSON, ".npz": 256 << 20, ".onnx": (2 << 30) - 1}
 _AGAIN = "copy the whole bundle again from where it was exported"
 _KEYS: dict[str, tuple[type, ...]] = {
     "format": (str,), "version": (int,), "name": (str,), "task": (str,), "classes": (list,),
@@ -64,35 +71,67 @@ class Bundle:
         """Return a file of the bundle, hashed as it is read.
 
         Raises:
-            WaraError: kind "artefact" when it is not what the manifest says.
+            WaraError: kind "artefact" when it is not what the manifest says, "storage" when it may
+                not be read.
         """
         path, said = self.folder / name, self.manifest["files"].get(name)
         if said is None:
             raise WaraError("artefact", f"no file {name} in the bundle", str(self.folder), _AGAIN)
-        data = _read(path, said["bytes"])
-        if hashlib.sha256(data).hexdigest() != said["sha256"]:
-            raise WaraError("artefact", "the file was changed", str(path), _AGAIN)
+        with _readable(self.folder):
+            same = path.stat().st_size == said["bytes"]
+            data = path.read_bytes() if same else b""
+        if not same or hashlib.sha256(data).hexdigest() != said["sha256"]:
+            raise _changed(path)
         return data
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the content of a JSON file of the bundle.
+
+        Raises:
+            WaraError: as `read`, and kind "artefact" when it is no JSON object of finite numbers.
+        """
+        try:
+            return parse_json(self.read(name))
+        except ValueError as error:
+            what, where = f"cannot be read as JSON: {error}", str(self.folder / name)
+            raise WaraError("artefact", what, where, _AGAIN) from None
 
 
 def open_bundle(folder: str | Path) -> Bundle:
-    """Check every file of a bundle against its manifest.
+    """Check every file of a bundle against its manifest, and the manifest itself.
 
     Raises:
         WaraError: kind "artefact" for a changed, missing or additional file, or a manifest that is
-            none; one that a newer version wrote says so.
+            none or says what cannot be; one that a newer version wrote says so. Kind "storage" for
+            a file that may not be read.
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    if not path.is_file():
-        remedy = "give the folder that `wara export` wrote"
-        raise WaraError("artefact", f"no {MANIFEST}: this is no bundle", str(folder), remedy)
-    manifest = _manifest(path)
-    bundle = Bundle(folder, manifest)
-    _check_names(folder, manifest["files"])
-    for name in manifest["files"]:
-        _check_file(folder / name, manifest["files"][name])
-    return bundle
+    with _readable(folder):
+        if not path.is_file():
+            remedy = "give the folder that `wara export` wrote"
+            raise WaraError("artefact", f"no {MANIFEST}: this is no bundle", str(folder), remedy)
+        manifest = _manifest(path)
+        _check_names(folder, manifest["files"])
+        check_manifest(manifest, str(path))
+        for name in manifest["files"]:
+            _check_file(folder / name, manifest["files"][name])
+    return Bundle(folder, manifest)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Refuse what the system does not let us read, such as the files of another user."""
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or type(error).__name__}"
+        remedy = f"let it be read: chmod -R a+rX '{folder}'"
+        raise WaraError("storage", what, str(error.filename or folder), remedy) from error
+
+
+def _changed(path: Path) -> WaraError:
+    return WaraError("artefact", "the file was changed", str(path), _AGAIN)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -101,10 +140,11 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise WaraError("artefact", f"a manifest of {size:,} bytes", str(path), _AGAIN)
     raw = path.read_bytes()
     try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise WaraError("artefact", "the manifest is no JSON", str(path), _AGAIN) from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        found = parse_json(raw)
+    except ValueError as error:
+        what = f"the manifest is no JSON: {error}"
+        raise WaraError("artefact", what, str(path), _AGAIN) from None
+    if found.get("format") != FORMAT:
         raise WaraError("artefact", "no manifest of a bundle", str(path), _AGAIN)
     if found.get("version") != VERSION:
         what = f"a bundle of form {found.get('version')!r}, this reads form {VERSION}"
@@ -134,12 +174,19 @@ def _check_names(folder: Path, files: dict[str, Any]) -> None:
                             str(folder), _AGAIN)  # fmt: skip
         if not isinstance(said, dict) or set(said) != {"sha256", "bytes"}:
             raise WaraError("artefact", f"no hash of {name}", str(folder), _AGAIN)
+        if type(said["bytes"]) is not int or not isinstance(said["sha256"], str):
+            raise WaraError("artefact", f"no size and hash of {name}", str(folder), _AGAIN)
+        most = _LARGEST.get(PurePosixPath(name).suffix)
+        if most is not None and said["bytes"] > most:
+            what = f"{said['bytes']:,} bytes, where {most:,} are the most that is read"
+            raise WaraError("artefact", what, str(folder / name), "export the run again")
     there = set()
-    for path in folder.rglob("*"):
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise WaraError("artefact", "a link or device in the bundle", str(path), _AGAIN)
-        if path.is_file():
-            there.add(path.relative_to(folder).as_posix())
+    for root, folders, names in os.walk(folder, onerror=_raise):
+        for path in (Path(root, name) for name in (*folders, *names)):
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise WaraError("artefact", "a link or device in the bundle", str(path), _AGAIN)
+            if path.is_file():
+                there.add(path.relative_to(folder).as_posix())
     for name in sorted({*files, MANIFEST} - there):
         raise WaraError("artefact", f"the bundle lacks {name}", str(folder), _AGAIN)
     for name in sorted(there - {*files, MANIFEST}):
@@ -148,20 +195,13 @@ def _check_names(folder: Path, files: dict[str, Any]) -> None:
                         str(folder), remedy)  # fmt: skip
 
 
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
 def _check_file(path: Path, said: dict[str, Any]) -> None:
-    digest = hashlib.sha256()
-    if path.stat().st_size == said["bytes"]:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    if digest.hexdigest() != said["sha256"]:
-        raise WaraError("artefact", "the file was changed", str(path), _AGAIN)
-
-
-def _read(path: Path, size: int) -> bytes:
-    if path.stat().st_size != size:
-        raise WaraError("artefact", "the file was changed", str(path), _AGAIN)
-    return path.read_bytes()
+    if path.stat().st_size != said["bytes"] or file_sha256(path) != said["sha256"]:
+        raise _changed(path)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:

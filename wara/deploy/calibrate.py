@@ -13,7 +13,6 @@ to the other four.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -306,7 +305,7 @@ def _write(
     statistics = parent.read("reliability.npz")
     trusted = reliability({PART: fit.scored}, statistics, fit.temperature, fit.model.task)
     (folder / "reliability.json").write_bytes(canonical(trusted))
-    old = json.loads(parent.read("reliability.json"))["ood"]["threshold"]
+    old = parent.read_json("reliability.json")["ood"]["threshold"]
     far = distances(Distance(statistics), fit.scored.features)
     images = labelled.images
     manifest = {

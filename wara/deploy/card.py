@@ -67,6 +67,8 @@ pip install -r requirements.txt
 python infer.py images/ --out predictions.csv
 ```
 
+It needs Python 3.11 or newer.
+
 `manifest.json` describes every part of this folder. Images are resized to {said["size"][0]} x \
 {said["size"][1]} pixels ({said["interpolation"]}) and normalised by mean {mean} and std {std} \
 (source: {said["statistics"]}).

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import wara
 from wara.data.imageset import ImageSet
@@ -33,8 +33,8 @@ from wara.storage import new_folder
 # What a bundle is run by, in the folder `wara` of a bundle but for the two that people look for.
 SHIPPED = (
     "errors.py", "storage.py", "dicom.py", "data/litter.py", "data/walk.py", "deploy/bundle.py",
-    "deploy/inputs.py", "deploy/onnx_check.py", "deploy/output.py", "deploy/predictor.py",
-    "deploy/sr.py", "deploy/trace.py",
+    "deploy/contents.py", "deploy/inputs.py", "deploy/onnx_check.py", "deploy/output.py",
+    "deploy/predictor.py", "deploy/sr.py", "deploy/trace.py",
 )  # fmt: skip
 AT_THE_TOP = ("images.py", "deploy/infer.py")
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "pydicom")
@@ -128,7 +128,8 @@ class _Export:
             size["int8_time_to_float32"] = self._time(session(path.read_bytes(), path.name), exact)
         # Copies: safetensors refuses tensors that layers share.
         tensors = {k: v.clone() for k, v in served.state_dict().items()}
-        save_file(tensors, self.folder / "model.safetensors")
+        # Not by `save_file`, which lets nobody but its writer read the file.
+        (self.folder / "model.safetensors").write_bytes(save(tensors))
         self.say("scoring training, validation and test images with it")
         scored = {name: self._score(path, indices) for name, indices in self.splits.items()}
         certificate = parity.certify(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wara.deploy.predictor import Prediction, Predictor
 
 _HERE = Path(__file__).resolve().parent
+_OLDEST = (3, 11)  # of Python, for all files of a bundle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -273,6 +274,11 @@ def _own_package() -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the program of the bundle in whose folder this file lies; return the exit code."""
+    if sys.version_info[:2] < _OLDEST:
+        found, wanted = (".".join(map(str, v[:2])) for v in (sys.version_info, _OLDEST))
+        what = f"Python {found} is too old for this program"
+        print(f"error[usage]: {what}; start it with Python {wanted} or newer", file=sys.stderr)
+        return 2
     from wara.errors import WaraError, as_refusal
 
     parser = argparse.ArgumentParser(prog="infer.py", description=(__doc__ or "").split("\n")[0])

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from wara.errors import WaraError
 
 _STANDARD = (b"", b"ai.onnx", b"ai.onnx.ml")
-# Fields by which messages hold each other: ModelProto.graph 7, functions 25, opset_import 8;
-# GraphProto.node 1, initializer 5, sparse_initializer 15; FunctionProto.node 7, opset_import 9;
-# NodeProto.attribute 5, domain 7; AttributeProto.t 5, g 6, tensors 10, graphs 11, sparse 22, 23;
-# SparseTensorProto.values 1, indices 2; TensorProto.external_data 13, data_location 14.
+# Fields by which messages hold each other: ModelProto.graph 7, opset_import 8, training_info 20,
+# functions 25; GraphProto.node 1, initializer 5, sparse_initializer 15; FunctionProto.node 7,
+# opset_import 9, attribute_proto 11; NodeProto.attribute 5, domain 7; AttributeProto.t 5, g 6,
+# tensors 10, graphs 11, sparse 22, 23; SparseTensorProto.values 1, indices 2;
+# TensorProto.external_data 13, data_location 14.
 _INSIDE: dict[str, dict[int, str]] = {
     "model": {7: "graph", 25: "function", 8: "opset"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node", 9: "opset"},
+    "function": {7: "node", 9: "opset", 11: "attribute"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
@@ -27,7 +28,7 @@ _MOST_DEPTH = 32
 
 
 def check_onnx(data: bytes, where: str) -> None:
-    """Refuse external data and operators that are not of ONNX itself.
+    """Refuse external data and operators that are not of ONNX itself, and steps of a training.
 
     Args:
         data: the file.
@@ -51,6 +52,8 @@ def _faults(data: memoryview, kind: str, depth: int) -> Iterator[str]:
         if kind == "tensor":
             if field == 13 or (field == 14 and value == 1):
                 yield "the ONNX file reads tensors from other files"
+        elif (kind, field) == ("model", 20):
+            yield "the ONNX file holds steps of a training"
         elif (kind, field) in (("node", 7), ("opset", 1)) and isinstance(value, memoryview):
             if bytes(value) not in _STANDARD:
                 name = bytes(value).decode("utf-8", "replace")

@@ -7,8 +7,6 @@ sure it is, whether it should be listened to at all, and which model said it.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
 import time
 from collections import deque
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from wara.deploy.bundle import Bundle, open_bundle
+from wara.deploy.contents import check_graph, check_reliability, read_statistics
 from wara.deploy.onnx_check import check_onnx
 from wara.errors import WaraError
 from wara.images import ImageSpec, Opened, normalise, processors, read_bytes
@@ -79,8 +78,9 @@ class Predictor:
         threads: of onnxruntime; none takes all processors.
 
     Raises:
-        WaraError: kind "artefact" when a byte of the bundle was changed, "usage" when onnxruntime
-            is not installed or `abstain_on` is not known or not to be had.
+        WaraError: kind "artefact" when a byte of the bundle was changed or its parts do not fit
+            each other, "usage" when onnxruntime is not installed or `abstain_on` is not known or
+            not to be had.
     """
 
     def __init__(
@@ -99,12 +99,17 @@ class Predictor:
         )  # fmt: skip
         self.classes = self.bundle.classes
         self.task = str(manifest["task"])
-        self.reliability: dict[str, Any] = json.loads(self.bundle.read("reliability.json"))
+        self.reliability = self.bundle.read_json("reliability.json")
+        place = self.bundle.folder
+        trusted = str(place / "reliability.json")
+        check_reliability(self.reliability, manifest["temperature"], trusted)
         self.abstain_on = tuple(abstain_on)
         for reason in self.abstain_on:
             self._check_reason(reason)
-        self.distance = Distance(self.bundle.read("reliability.npz"))
-        self._session = session(self.bundle.read("model.onnx"), str(folder), threads)
+        statistics, graph = str(place / "reliability.npz"), str(place / "model.onnx")
+        self.distance = Distance(self.bundle.read("reliability.npz"), statistics)
+        self._session = session(self.bundle.read("model.onnx"), graph, threads)
+        check_graph(self._session, manifest, self.distance.width, graph)
 
     def _check_reason(self, reason: str) -> None:
         if reason not in ABSTAIN_ON:
@@ -179,12 +184,20 @@ class Predictor:
             Logits `[b, c]` and features `[b, d]`, float32.
 
         Raises:
-            WaraError: kind "nonfinite" when a logit is not finite.
+            WaraError: kind "nonfinite" when a logit or a feature is not finite, "artefact" when
+                their shapes are not those that the graph declares.
         """
         logits, features = self._session.run(["logits", "features"], {"images": pixels})
-        if not np.isfinite(logits).all():
-            remedy = "verify the bundle with `wara verify`"
-            raise WaraError("nonfinite", "a logit is not finite", str(self.bundle.folder), remedy)
+        where, remedy = str(self.bundle.folder), "verify the bundle with `wara verify`"
+        for name, found, width in (
+            ("logit", logits, len(self.classes)), ("feature", features, self.distance.width),
+        ):  # fmt: skip
+            if found.shape != (len(pixels), width):
+                what = f"{name}s of shape {found.shape} for {len(pixels)} images, not {width} each"
+                raise WaraError("artefact", what, where, remedy)
+            # A feature as well: a distance that is no number is beyond no limit.
+            if not np.isfinite(found).all():
+                raise WaraError("nonfinite", f"a {name} is not finite", where, remedy)
         return logits, features
 
     def _judge(self, batch: Sequence[Reading]) -> Iterator[Prediction]:
@@ -246,9 +259,11 @@ class Predictor:
         score = self.distance(features)
         said["ood_score"] = round(score, 4)
         grid = self.reliability["ood"]["validation_scores"]
-        said["ood_percentile"] = round(100.0 * float(np.searchsorted(grid, score)) / len(grid), 1)
+        place = 100.0 * float(np.searchsorted(grid, score))
+        said["ood_percentile"] = round(place / len(grid), 1) if grid else None
         reasons = []
-        if "ood" in self.abstain_on and score > self.reliability["ood"]["threshold"]:
+        # Not "greater than": whatever is not within the limit is beyond it.
+        if "ood" in self.abstain_on and not score <= self.reliability["ood"]["threshold"]:
             reasons.append("unlike the training images")
         if "ambiguous" in self.abstain_on and conformal is not None and len(conformal) != 1:
             reasons.append("more than one class is possible" if conformal else "no class fits")
@@ -294,12 +309,17 @@ class Distance:
     Args:
         data: an `.npz` with `means` `[k, d]` and `whitening` `[d, d]`: the covariance is the
             inverse of `whiteningᵀ whitening`.
+        where: its name, for refusals.
+
+    Raises:
+        WaraError: kind "artefact" when it is no such file.
     """
 
-    def __init__(self, data: bytes) -> None:
-        with np.load(io.BytesIO(data), allow_pickle=False) as found:
-            self.whitening = found["whitening"].astype(np.float64)
-            self.means = found["means"].astype(np.float64) @ self.whitening.T
+    def __init__(self, data: bytes, where: str = "reliability.npz") -> None:
+        means, whitening = read_statistics(data, where)
+        self.whitening = whitening.astype(np.float64)
+        self.means = means.astype(np.float64) @ self.whitening.T
+        self.width = means.shape[1]
 
     def __call__(self, features: np.ndarray) -> float:
         """Return the distance of features `[d]`."""

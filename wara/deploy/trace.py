@@ -27,6 +27,15 @@ _SAID = ("prediction", "decision", "conformal_set", "ood_score", "ood_percentile
          "abstain_reason")  # fmt: skip
 
 
+# What a reader relies on, by kind of line.
+_OF_EACH = (("previous", str), ("time", str))
+_OF_A_LINE = {
+    "open": (*_OF_EACH, ("model", str)),
+    "prediction": (*_OF_EACH, ("abstain", bool | None)),
+    "close": (*_OF_EACH, ("lines", int)),
+}
+
+
 class Trace:
     """A trace that is written; lines are durable before the next image is judged.
 
@@ -158,7 +167,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any], str]]:
         try:
             body = json.loads(line)
             said = body.pop("hash")
-            body["previous"], body["kind"]
+            if any(not isinstance(body[key], kind) for key, kind in _OF_A_LINE[body["kind"]]):
+                raise ValueError("a value of another type")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise _broken(path, f"line {number} is no line of a trace") from None
         yield number, line, body, said

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from wara.deploy.bundle import MANIFEST
+from wara.deploy.contents import check_reference
 from wara.deploy.parity import LARGEST
 from wara.deploy.predictor import Predictor
 from wara.deploy.trace import unclosed, verify_trace
@@ -52,7 +52,9 @@ def _bundle(path: Path) -> Iterator[str]:
     predictor = Predictor(path, abstain_on=())
     manifest = predictor.bundle.manifest
     yield f"bundle: {len(manifest['files'])} files are as they were exported"
-    reference = json.loads(predictor.bundle.read("reference/reference.json"))
+    name = "reference/reference.json"
+    reference = predictor.bundle.read_json(name)
+    check_reference(reference, manifest["files"], len(predictor.classes), str(path / name))
     pixels = np.stack([
         normalise(load_array(path / "reference" / name, predictor.spec), predictor.spec)
         for name in reference["images"]
@@ -61,7 +63,7 @@ def _bundle(path: Path) -> Iterator[str]:
     difference = float(np.abs(logits - np.array(reference["logits"])).max())
     # The arithmetic of int8 differs between processors, by whole steps of the quantisation.
     limit = LARGEST if manifest["model"]["precision"] == "float32" else 0.1
-    if difference > limit:
+    if not difference <= limit:
         what = f"reference logits differ by {difference:.2g} here, more than {limit:g}"
         remedy = "install the versions of the bundle's requirements.txt"
         raise WaraError("artefact", what, str(path), remedy)
