@@ -20,7 +20,7 @@ from test_images import dicom
 from test_predict import predict, program
 
 from wara.cli import main
-from wara.deploy.bundle import canonical, describe_files
+from wara.deploy.bundle import canonical
 from wara.deploy.predictor import Predictor
 from wara.deploy.sr import Reports
 from wara.errors import WaraError
@@ -237,6 +237,7 @@ def test_a_header_that_allows_no_report_is_refused(
     assert error.what == f"no report: {why}" and error.kind == "data" and error.remedy
     assert row["prediction"] and row["error"] is None and not (tmp_path / "sr").exists()
     told = str(error) + repr(error.__cause__) + "".join(capfd.readouterr())
+    told = re.sub("[0-9a-f]{64}", "", told)  # a hash may hold any number
     assert not re.search("MUELLER|1950|4711", told) and "\n" not in str(error)
 
 
@@ -355,7 +356,7 @@ def test_a_percentile_is_among_the_images_that_it_is_of(bundle: Path, tmp_path: 
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     trusted = json.loads((copy / "reliability.json").read_text()) | {"chosen_on": "local"}
     (copy / "reliability.json").write_bytes(canonical(trusted))
-    reseal(copy, files=describe_files(copy))
+    reseal(copy)
     reports(copy, image(tmp_path / "a.dcm"))
     (report,) = written(tmp_path / "sr")
     named = [name for name, _ in items(report) if name.startswith("Percentile")]
