@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ from test_images import dicom
 import wara
 from wara.cli import main
 from wara.deploy.inputs import expand
+from wara.deploy.places import open_locked
 from wara.deploy.predictor import Predictor
 from wara.deploy.trace import verify_trace
 from wara.errors import WaraError
@@ -131,6 +134,45 @@ def test_nothing_to_predict_is_a_usage_fault(words: list[str], tmp_path: Path) -
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("empty", "no image in the folder"),
+        ("notes", "no image in the folder (left out: 1 .txt)"),
+        ("*.nothing", "nothing matches the pattern"),
+        ("emp*", "no image in what the pattern matches"),
+        ("@blank.txt", "no path in the list"),
+        ("@listed.txt", "a list within a list"),
+        ("@pattern.txt", "nothing matches the pattern"),
+        ("@binary.txt", "the list is no text of paths"),
+        ("", "an empty path"),
+    ],
+)  # fmt: skip
+def test_each_word_names_an_image(
+    word: str, said: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "notes"):
+        Path(name).mkdir()
+    Path("notes/a.txt").write_text("no image")
+    Path("blank.txt").write_text("\n \n")
+    Path("listed.txt").write_text(f"{images / '0.png'}\n @blank.txt\n")
+    Path("pattern.txt").write_text(f"{images / '0.png'}\nno*where.png\n")
+    Path("binary.txt").write_bytes(b"\x89PNG\0\0")
+    with pytest.raises(WaraError) as caught:
+        expand([str(images / "0.png"), word])
+    assert caught.value.exit_code == 2 and caught.value.what == said
+    named = "no*where.png" if word == "@pattern.txt" else word.removeprefix("@")
+    assert named in caught.value.where
+
+
+def test_a_file_named_two_ways_is_one_row(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(images)
+    found = expand(["0.png", "./0.png", "study/../0.png", str(images / "0.png"), "."])
+    assert [str(path) for path in found.paths][:2] == ["0.png", "1.png"]
+    assert len(found.paths) == 10
+
+
 def test_a_file_that_is_not_there_is_a_row(bundle: Path, tmp_path: Path) -> None:
     (one,) = Predictor(bundle).predict([tmp_path / "gone.png"])
     assert one.row["error"].startswith("no such file") and one.row["prediction"] is None
@@ -183,8 +225,19 @@ def test_a_call_that_was_stopped_goes_on(
     assert predict(bundle, *words) == 130
     assert not out.exists()
     monkeypatch.undo()
-    with (tmp_path / ".rows.csv.part").open("a") as file:
-        file.write('{"file": "cut sho')
+    part = tmp_path / ".rows.csv.part"
+    whole = part.read_bytes()
+    part.write_bytes(whole + b'{"row": "cut sho')
+    kept: list[bytes] = []
+
+    def stops_again(self: Predictor, pixels: np.ndarray) -> Any:
+        kept.append(part.read_bytes())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "run", stops_again)
+    assert predict(bundle, *words, "--resume") == 130
+    assert kept == [whole]  # nothing was taken away that a second stop would have lost
+    monkeypatch.undo()
     assert predict(bundle, *words, "--resume") == 0
     assert rows(out, "milliseconds") == rows(tmp_path / "whole.csv", "milliseconds")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -195,6 +248,121 @@ def test_what_cannot_be_resumed(bundle: Path, images: Path, tmp_path: Path) -> N
     assert predict(bundle, images, "--out", out, "--resume") == 2
     (tmp_path / ".rows.csv.part").write_text('{"model": "another"}\n')
     assert predict(bundle, images, "--out", out, "--resume") == 2
+
+
+@pytest.mark.parametrize("line", ["{", '{"row": {}, "report": null}', "\udcff", "[]"])
+def test_damaged_rows_are_not_continued(
+    line: str, bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stops(self: Predictor, pixels: np.ndarray) -> Any:
+        raise KeyboardInterrupt
+
+    words = [images, "--out", tmp_path / "rows.csv"]
+    monkeypatch.setattr(Predictor, "run", stops)
+    assert predict(bundle, *words) == 130
+    part = tmp_path / ".rows.csv.part"
+    part.write_bytes(part.read_bytes() + os.fsencode(line) + b"\n")
+    assert predict(bundle, *words, "--resume") == 4
+    assert "damaged in line 2" in capsys.readouterr().err
+    assert part.read_bytes().endswith(os.fsencode(line) + b"\n")
+
+
+# -- places that would destroy something ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["verb", "program"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["in.png", "--out", "in.png"], "--out is also read"),
+        (["in.png", "--out", "link.png"], "--out is also read"),
+        (["@li.txt", "--out", "li.txt"], "--out is also read"),
+        (["folder", "--out", "x", "--dicom-sr", "folder"], "--dicom-sr is also read"),
+        (["in.png", "--out", "x.csv", "--trace", "in.png"], "--trace is also read"),
+        (["in.png", "--out", "same", "--trace", "./same"], "--out and --trace are the same"),
+        (["in.png", "--out", "x", "--trace", ".x.part"], "and --trace are the same place"),
+        (["in.png", "--out", "folder"], "--out is a folder"),
+        (["in.png", "--out", "x.csv", "--trace", "folder"], "--trace is a folder"),
+        (["in.png", "--out", "x.csv", "--dicom-sr", "li.txt"], "--dicom-sr is no folder"),
+    ],
+)  # fmt: skip
+def test_no_output_takes_the_place_of_something(
+    words: list[str], said: str, way: str, bundle: Path, images: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(images / "0.png", "in.png")
+    os.symlink("in.png", "link.png")
+    Path("li.txt").write_text("in.png\n")
+    Path("folder").mkdir()
+    shutil.copy(images / "0.png", "folder")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if way == "verb":
+        code, told = predict(bundle, *words), capsys.readouterr().err
+    else:
+        done = program(bundle, *words)
+        code, told = done.returncode, done.stderr
+    assert code == 2 and said in told
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_overlays_do_not_go_into_a_file(bundle: Path, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    (tmp_path / "file").write_text("mine")
+    words = [images / "0.png", "--out", tmp_path / "x.csv", "--explain", tmp_path / "file"]
+    assert predict(bundle, *words) == 2
+    assert not (tmp_path / "x.csv").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", ["export", "calibrate", "evaluate", "predict"])
+@pytest.mark.parametrize("place", ["bundle", "run"])
+def test_nothing_is_written_into_a_bundle_or_a_run(
+    verb: str, place: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = bundle.parent / "run"
+    model = run if verb == "export" else bundle
+    out = bundle.parent / place / "deep" / "x"
+    data = {"predict": [bundle.parent / "data"], "export": []}
+    named = data.get(verb, ["--data", bundle.parent / "data"])
+    assert main([verb, *map(str, (model, *named, "--out", out))]) == 2
+    kind = {"bundle": "a bundle", "run": "a run folder"}[place]
+    assert f"--out lies inside {kind}" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+def test_two_calls_do_not_write_one_file(
+    bundle: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, one = tmp_path / "trace.jsonl", images / "0.png"
+    with open_locked(trace):
+        assert predict(bundle, one, "--out", tmp_path / "x.csv", "--trace", trace) == 8
+    with open_locked(tmp_path / ".x.csv.part"):
+        assert predict(bundle, one, "--out", tmp_path / "x.csv") == 8
+        assert program(bundle, str(one), "--out", str(tmp_path / "x.csv")).returncode == 8
+    assert "another call writes this file" in capsys.readouterr().err
+    assert predict(bundle, one, "--out", tmp_path / "x.csv", "--trace", trace) == 0
+    assert verify_trace(trace)
+
+
+@pytest.mark.parametrize("way", ["verb", "program"])
+def test_names_that_are_no_text_and_names_that_are_formulas(
+    way: str, bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"M\xfcller.png")
+    for name in (odd, "=1+1.png", "plain.png"):
+        shutil.copy(images / "0.png", name)
+    Path("list.txt").write_bytes(b"M\xfcller.png\n=1+1.png\nplain.png\n")
+    for form in ("csv", "json"):
+        words = ["@list.txt", "--out", f"x.{form}", "--trace", "trace"]
+        done = predict(bundle, *words) if way == "verb" else program(bundle, *words).returncode
+        assert done == 0
+    found = [row["file"] for row in json.loads(Path("x.json").read_text())]
+    assert found == [odd, "=1+1.png", "plain.png"]
+    assert [row["file"] for row in rows(Path("x.csv"))] == [
+        "M\\udcfcller.png", "'=1+1.png", "plain.png"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("option", ["--out", "--trace", "--dicom-sr"])
@@ -288,6 +456,82 @@ def test_a_trace_that_is_not_whole_names_the_line(
         verify_trace(trace)
     assert main(["verify", str(trace)]) == 4
     assert predict(bundle, *words, "--out", tmp_path / "y.csv", "--trace", trace) == 4
+
+
+SECRETS = ("DOE", "JANE", "MRN1")
+
+
+@pytest.mark.parametrize("way", ["verb", "program"])
+def test_no_value_of_a_header_leaves_it(
+    way: str, bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Text where a number, a code or a UID belongs, as in headers that were filled by hand."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 4096, (32, 32)).astype("u2")
+    data = dicom(pixels, BitsStored=12, WindowCenter="2000", WindowWidth="400", RescaleSlope="1")
+    for keyword, vr in (
+        ("SOPInstanceUID", "UI"), ("PhotometricInterpretation", "CS"), ("VOILUTFunction", "CS"),
+        ("RescaleSlope", "DS"), ("PresentationLUTShape", "CS"), ("NumberOfFrames", "IS"),
+        ("WindowWidth", "DS"), ("PixelRepresentation", "LO"), ("PlanarConfiguration", "LO"),
+    ):  # fmt: skip
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        element = pydicom.DataElement(keyword, "LO", "DOE JANE MRN1")
+        dataset[keyword] = element
+        element.VR = vr if vr != "DS" and vr != "IS" else "LO"
+        dataset.save_as(folder / f"{keyword}.dcm")
+    out, trace = tmp_path / "x.csv", tmp_path / "trace"
+    words = [str(folder), "--out", str(out), "--trace", str(trace), "--allow-partial"]
+    if way == "verb":
+        assert predict(bundle, *words) == 0
+        told = "".join(capfd.readouterr())
+    else:
+        done = program(bundle, *words)
+        told = done.stdout + done.stderr
+        assert done.returncode == 0, told
+    made = rows(out)
+    assert len(made) == 9 and sum(bool(row["error"]) for row in made) >= 5
+    for text in (told, trace.read_text(), out.read_text()):
+        assert not [secret for secret in SECRETS if secret in text]
+    lines = [json.loads(line) for line in trace.read_text().splitlines()][1:-1]
+    told_by = {line["error"] for line in lines}
+    assert told_by == {None, "data: the image could not be read"}
+
+
+def test_a_torn_last_line_is_set_aside(bundle: Path, images: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    words = [images / "0.png", "--out", tmp_path / "x.csv", "--trace", trace]
+    assert predict(bundle, *words) == 0
+    whole = trace.read_bytes()
+    for torn in (whole.splitlines()[1][:50], b"\0" * 7):
+        trace.write_bytes(trace.read_bytes() + torn)
+        assert main(["verify", str(trace)]) == 4
+        assert predict(bundle, *words) == 0
+        assert main(["verify", str(trace)]) == 0
+        opened = json.loads(trace.read_bytes().splitlines()[-3])
+        named = {"sha256": hashlib.sha256(torn).hexdigest(), "bytes": len(torn)}
+        assert opened["kind"] == "open" and opened["torn"] == named
+        assert (tmp_path / "trace.jsonl.torn").read_bytes().endswith(torn + b"\n")
+    assert trace.read_bytes().startswith(whole)
+    trace.write_bytes(trace.read_bytes()[:-1])  # the line is whole but for its end
+    assert predict(bundle, *words) == 0 and main(["verify", str(trace)]) == 0
+
+
+@pytest.mark.parametrize("text", ["my notes", "a line\nmy notes", '{"kind": "other'])
+def test_a_file_that_is_no_trace_is_left_as_it_is(
+    text: str, bundle: Path, images: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "notes.txt"
+    trace.write_text(text)
+    assert predict(bundle, images / "0.png", "--out", tmp_path / "x.csv", "--trace", trace) == 4
+    assert trace.read_text() == text and not (tmp_path / "notes.txt.torn").exists()
+
+
+def test_a_bug_shows_its_traceback_on_demand(bundle: Path, images: Path, tmp_path: Path) -> None:
+    words = [str(tmp_path / "gone" / "x.csv"), str(images / "0.png")]
+    for debug in ([], ["--debug"]):
+        done = program(bundle, "--out", *words, *debug)
+        assert done.returncode == 5 and ("Traceback" in done.stderr) is bool(debug)
 
 
 def test_memory_does_not_grow_with_the_number_of_files(bundle: Path, images: Path) -> None:

@@ -7,8 +7,10 @@ What cannot be shown to be right is refused in words that say what is wrong.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ GREYS = ("window", "stored", "range")
 """
 
 _MASK = 0xFFFF
+_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _FIRST_VRS = (b"UL", b"UI", b"CS", b"DA", b"TM", b"SH", b"LO", b"OB")
 _EXPORT = "export it again from the archive"
 _CONVERT = "convert it to PNG, JPEG, TIFF or DICOM"
@@ -71,8 +74,7 @@ class DicomPicture:
         check_size: raises for a width and height beyond the limit.
 
     Raises:
-        WaraError: kind "data". pydicom and its decoders raise whatever their parsers raise on a
-            damaged file; the caller makes one refusal of it.
+        WaraError: kind "data", in words that quote no text of the header.
     """
 
     def __init__(self, data: bytes, where: str, check_size: Any) -> None:
@@ -82,9 +84,24 @@ class DicomPicture:
 
         # `force`: `is_dicom` has looked, and the preamble may be missing.
         read = partial(pydicom.dcmread, specific_tags=_ELEMENTS, force=True)
-        self._check_header(read(io.BytesIO(data), stop_before_pixels=True), check_size)
-        self.dataset = read(io.BytesIO(data))
-        self._decode()
+        with self._unquoted():
+            self._check_header(read(io.BytesIO(data), stop_before_pixels=True), check_size)
+            self.dataset = read(io.BytesIO(data))
+            self._decode()
+
+    @contextlib.contextmanager
+    def _unquoted(self) -> Iterator[None]:
+        """Make one refusal of whatever pydicom and its decoders raise, without their words.
+
+        They quote values, and in a place for a code or a number there may stand a name.
+        """
+        try:
+            yield
+        except (WaraError, MemoryError):
+            raise
+        except Exception as error:
+            what = f"damaged DICOM: {type(error).__name__}"
+            raise self._refuse(what, "copy it again from its origin") from None
 
     def _refuse(self, what: str, remedy: str = _EXPORT) -> WaraError:
         return WaraError("data", what, self.where, remedy)
@@ -164,7 +181,8 @@ class DicomPicture:
         try:
             decoder = get_decoder(syntax)
         except NotImplementedError:
-            what = f"DICOM compression not supported: {syntax.name}"
+            name = syntax.name if syntax.is_valid else "its identifier is no UID"
+            what = f"DICOM compression not supported: {name}"
             raise self._refuse(what, _CONVERT) from None
         if not decoder.is_available:
             what = f"no decoder for this DICOM compression ({syntax.name})"
@@ -178,7 +196,9 @@ class DicomPicture:
             stored = apply_color_lut(stored, dataset)
             self.bits = int(dataset.RedPaletteColorLookupTableDescriptor[2]) or 16
         elif not (self.grey or self.photometric == "RGB" or self.photometric.startswith("YBR_")):
-            what = f"DICOM colours '{self.photometric}' not supported"
+            known = self.photometric in ("HSV", "ARGB", "CMYK")
+            name = f"'{self.photometric}'" if known else "of a name that is not of the standard"
+            what = f"DICOM colours {name} not supported"
             raise self._refuse(what, _CONVERT)
         wanted = (2,) if self.grey else (3,)
         if stored.ndim not in wanted or (not self.grey and stored.shape[2] != 3):
@@ -190,13 +210,18 @@ class DicomPicture:
 
     @property
     def uid(self) -> str | None:
-        """The SOP Instance UID, which names the object and no patient."""
-        return str(self.dataset.get("SOPInstanceUID") or "") or None
+        """The SOP Instance UID, which names the object and no patient; None for any other text."""
+        from pydicom.uid import UID
+
+        with self._unquoted():
+            found = UID(str(self.dataset.get("SOPInstanceUID") or ""))
+            return str(found) if found.is_valid else None
 
     @property
     def windowed(self) -> bool:
         """Whether the file says itself how its greys are shown."""
-        return self.grey and bool(self._luts("VOILUTSequence") or self._values("WindowCenter"))
+        with self._unquoted():
+            return self.grey and bool(self._luts("VOILUTSequence") or self._values("WindowCenter"))
 
     def rgb(self, greys: str) -> np.ndarray:
         """Return the picture, uint8 `[H, W, 3]`, its greys shown by one of `GREYS`.
@@ -209,6 +234,10 @@ class DicomPicture:
         """
         if greys not in GREYS:
             raise WaraError("config", f"greys: {greys}", "data.greys", suggest(greys, GREYS))
+        with self._unquoted():
+            return self._rgb(greys)
+
+    def _rgb(self, greys: str) -> np.ndarray:
         if not self.grey:
             if self.bits == 8:
                 return np.ascontiguousarray(self.stored, dtype=np.uint8)
@@ -260,8 +289,8 @@ class DicomPicture:
         centre, width = centres[0], widths[0]
         function = str(function or "LINEAR").upper()
         least = 1 if function == "LINEAR" else 0
-        if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-            raise self._refuse(f"VOILUTFunction is '{function}'")
+        if function not in _FUNCTIONS:
+            raise self._refuse(f"VOILUTFunction is none of {', '.join(_FUNCTIONS)}")
         if width < least or width <= 0:
             raise self._refuse(f"WindowWidth is {width:g}")
         return window(values, centre, width, function)

@@ -28,6 +28,7 @@ from wara.deploy.bundle import MANIFEST, Bundle, canonical, describe_files, open
 from wara.deploy.labelled import Labelled, Outcome, open_labelled, score
 from wara.deploy.models import Model, of_bundle
 from wara.deploy.operating import operating_point, positive_classes
+from wara.deploy.places import check_outside
 from wara.deploy.predictor import Distance, Predictor, positive_score
 from wara.deploy.reliability import (
     COVERAGE,
@@ -93,6 +94,7 @@ def calibrate(
             is damaged. Nothing is left then.
     """
     wanted, out = wanted or Wanted(), Path(out)
+    check_outside(out.parent, "--out")
     with new_folder(out) as folder:
         parent = open_bundle(bundle)
         model = of_bundle(Predictor(bundle, abstain_on=()))

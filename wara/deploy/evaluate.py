@@ -17,6 +17,7 @@ from wara.deploy.columns import UNKNOWN, By, groups_of, names_of, parse_by
 from wara.deploy.labelled import Labelled, Outcome, open_labelled, score
 from wara.deploy.models import Model, open_model
 from wara.deploy.operating import PARTS, positive_classes
+from wara.deploy.places import check_outside
 from wara.deploy.predictor import conformal_set, positive_score
 from wara.deploy.reliability import distances
 from wara.errors import WaraError
@@ -82,6 +83,7 @@ def evaluate(
             not be used.
     """
     request, out = request or Request(), Path(out)
+    check_outside(out.parent, "--out")
     with new_folder(out) as folder:
         model = open_model(path)
         labelled = open_labelled(data, model, split=request.split)

@@ -21,6 +21,7 @@ from wara.deploy import card, parity
 from wara.deploy.bundle import FORMAT, MANIFEST, VERSION, canonical, describe_files, seal
 from wara.deploy.graph import export_onnx, plain, quantise
 from wara.deploy.operating import operating_point, point_classes
+from wara.deploy.places import check_outside
 from wara.deploy.predictor import session
 from wara.deploy.reliability import Scored, feature_statistics, reliability, temperature_of
 from wara.errors import WaraError
@@ -34,6 +35,7 @@ from wara.storage import new_folder
 SHIPPED = (
     "errors.py", "storage.py", "dicom.py", "data/litter.py", "data/walk.py", "deploy/bundle.py",
     "deploy/contents.py", "deploy/inputs.py", "deploy/onnx_check.py", "deploy/output.py",
+    "deploy/places.py",
     "deploy/predictor.py", "deploy/sr.py", "deploy/trace.py",
 )  # fmt: skip
 AT_THE_TOP = ("images.py", "deploy/infer.py")
@@ -86,6 +88,7 @@ def export(
             else; nothing is left then.
     """
     wish, out = wish or Wish(), Path(out)
+    check_outside(out.parent, "--out")
     with new_folder(out) as folder:
         found = load_run(run)
         _check(found, wish)

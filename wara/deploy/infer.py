@@ -7,16 +7,24 @@ of two container platforms: mercure (environment) and MONAI Deploy (`-i`, `-o`, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import logging
 import os
 import sys
+import traceback
 import types
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wara.deploy.inputs import Sources
     from wara.deploy.predictor import Prediction, Predictor
+    from wara.deploy.sr import Reports
+
+    Listeners = Callable[[Predictor, int], Iterable[Callable[[Prediction], None]]]
 
 _HERE = Path(__file__).resolve().parent
 _OLDEST = (3, 11)  # of Python, for all files of a bundle
@@ -65,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def predict(
     folder: Path,
     arguments: argparse.Namespace,
-    listeners: Callable[[Predictor, int], Iterable[Callable[[Prediction], None]]] = lambda *_: (),
+    listeners: Listeners = lambda *_: (),
 ) -> list[dict[str, Any]]:
     """Predict as the arguments say.
 
@@ -80,15 +88,36 @@ def predict(
         The rows.
 
     Raises:
-        WaraError: kind "data" when images could not be read or reports not be made, after all rows
-            were written.
+        WaraError: kind "usage" for what cannot be asked, before anything is written; "busy" when
+            another call writes the same files; "data" when images could not be read or reports not
+            be made, after all rows were written.
     """
     from wara.deploy.inputs import expand
-    from wara.deploy.output import Output, finished
+    from wara.deploy.output import finished
+
+    _check(arguments)
+    sources = expand(arguments.paths)
+    _check_places(arguments, [*sources.paths, *sources.named])
+    with _silent():
+        rows, reports = _rows(folder, arguments, sources, listeners)
+    said = [*finished(rows), *(reports.lines() if reports else ())]
+    if not arguments.quiet:
+        for line in (*said, f"written: {arguments.out}"):
+            print(line, file=sys.stderr)
+    refused = reports.refused if reports else []
+    for error in refused:
+        print(error, file=sys.stderr)
+    _judge(rows, len(refused), arguments)
+    return rows
+
+
+def _rows(
+    folder: Path, arguments: argparse.Namespace, sources: Sources, listeners: Listeners
+) -> tuple[list[dict[str, Any]], Reports | None]:
+    """Write what is asked for; return the rows, and the reports if they are."""
+    from wara.deploy.output import Output
     from wara.deploy.predictor import Predictor
 
-    _check(arguments, folder)
-    sources = expand(arguments.paths)
     reasons = [r for r in (arguments.abstain_on or ["ood"]) if r != "none"]
     predictor = Predictor(folder, abstain_on=reasons)
     if predictor.bundle.manifest["synthetic"]:
@@ -100,46 +129,58 @@ def predict(
         "model": predictor.bundle.model_hash,
         "abstain_on": reasons,
         "reports": arguments.dicom_sr is not None,
-        "images": hashlib.sha256("\n".join(map(str, sources.paths)).encode()).hexdigest(),
+        "images": hashlib.sha256(b"\n".join(map(os.fsencode, sources.paths))).hexdigest(),
     }
     form = arguments.format or _form_of(arguments.out)
-    reports = trace = None
+    reports = None
     if arguments.dicom_sr is not None:
         from wara.deploy.sr import Reports
 
         reports = Reports(arguments.dicom_sr, predictor.bundle)
-    output = Output(arguments.out, form, predictor.columns, key, resume=arguments.resume)
-    hooks = list(listeners(predictor, len(output.rows)))
-    if arguments.trace is not None:
-        from wara.deploy.trace import Trace
+    files = [str(path) for path in sources.paths]
+    with contextlib.ExitStack() as ends:
+        output = Output(
+            arguments.out, form, predictor.columns, key, files, resume=arguments.resume
+        )
+        ends.callback(output.close)
+        if reports is not None:
+            for outcome in output.reports:
+                reports.recall(outcome)
+        hooks = list(listeners(predictor, len(output.rows)))
+        if arguments.trace is not None:
+            from wara.deploy.trace import Trace
 
-        trace = Trace(arguments.trace, predictor)
-        hooks.append(trace.add)
-    if reports is not None:
-        hooks.append(reports.add)
-    try:
-        rest = sources.paths[len(output.rows) :]
+            trace = Trace(arguments.trace, predictor)
+            ends.callback(trace.close)
+            hooks.append(trace.add)
         for prediction in predictor.predict(
-            rest, batch_size=arguments.batch_size, workers=arguments.workers
+            sources.paths[len(output.rows) :],
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
         ):
             for hook in hooks:
                 hook(prediction)
-            output.add(prediction.row)
-            _show(len(output.rows), len(sources.paths), arguments.quiet)
+            output.add(prediction.row, reports.add(prediction) if reports else None)
+            _show(len(output.rows), len(files), arguments.quiet)
+        output.finish()
+    return output.rows, reports
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Let no value of a header out: pydicom warns of those that are not of their kind.
+
+    Here and not where images are read, since threads share the filters of warnings.
+    """
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        output.close()
-        if trace is not None:
-            trace.close()
-    output.finish()
-    said = [*finished(output.rows), *(reports.lines() if reports else ())]
-    if not arguments.quiet:
-        for line in (*said, f"written: {arguments.out}"):
-            print(line, file=sys.stderr)
-    refused = reports.refused if reports else []
-    for error in refused:
-        print(error, file=sys.stderr)
-    _judge(output.rows, len(refused), arguments)
-    return output.rows
+        logger.setLevel(level)
 
 
 def _judge(rows: Sequence[dict[str, Any]], refused: int, arguments: argparse.Namespace) -> None:
@@ -156,21 +197,26 @@ def _judge(rows: Sequence[dict[str, Any]], refused: int, arguments: argparse.Nam
     raise WaraError("data", what, str(arguments.out), remedy)
 
 
-def _check(arguments: argparse.Namespace, folder: Path) -> None:
+def _check(arguments: argparse.Namespace) -> None:
     from wara.errors import WaraError
 
     if arguments.out is None:
         raise WaraError("usage", "no place for the rows", "", "give --out predictions.csv")
-    inside = folder.resolve()
-    for name in ("out", "trace", "dicom_sr", "explain"):
-        path = getattr(arguments, name, None)
-        if path is not None and path.resolve().is_relative_to(inside):
-            option = f"--{name.replace('_', '-')}"
-            what = f"{option} lies inside the bundle, which would change it"
-            raise WaraError("usage", what, str(path), "choose a place outside of it")
     for name, value in (("--batch-size", arguments.batch_size), ("--workers", arguments.workers)):
         if value is not None and value < 1:
             raise WaraError("usage", f"{name} is {value}", "", "give at least 1")
+
+
+def _check_places(arguments: argparse.Namespace, inputs: Iterable[Path]) -> None:
+    from wara.deploy.output import part_of
+    from wara.deploy.places import check_places
+    from wara.deploy.trace import torn_of
+
+    files = {"--out": arguments.out, "the unfinished file of --out": part_of(arguments.out)}
+    if arguments.trace is not None:
+        files |= {"--trace": arguments.trace, "the torn end of --trace": torn_of(arguments.trace)}
+    folders = {"--dicom-sr": arguments.dicom_sr, "--explain": getattr(arguments, "explain", None)}
+    check_places(files, {name: path for name, path in folders.items() if path}, inputs)
 
 
 def _form_of(path: Path) -> str:
@@ -279,13 +325,14 @@ def main(words: Sequence[str] | None = None) -> int:
         what = f"Python {found} is too old for this program"
         print(f"error[usage]: {what}; start it with Python {wanted} or newer", file=sys.stderr)
         return 2
-    from wara.errors import WaraError, as_refusal
+    from wara.errors import as_refusal
 
     parser = argparse.ArgumentParser(prog="infer.py", description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
     for flag, name in (("-i", "incoming"), ("-o", "outgoing")):
         text = f"folder of {name} files, as a MONAI Application Package is called"
         parser.add_argument(flag, dest=name, type=Path, metavar="DIR", help=text)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     arguments = parser.parse_args(words)
     try:
         if not serve(_HERE, arguments):
@@ -293,7 +340,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        refusal = error if isinstance(error, WaraError) else as_refusal(error)
+        if arguments.debug:
+            traceback.print_exception(error)
+        refusal = as_refusal(error)
         print(refusal, file=sys.stderr)
         return refusal.exit_code
     return 0

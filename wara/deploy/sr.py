@@ -67,28 +67,50 @@ class Reports:
         # It logs names of patients that it finds unusual.
         logging.getLogger("highdicom").setLevel(logging.CRITICAL)
         self.folder, self.bundle = folder, bundle
-        self.written = self.no_dicom = 0
+        self.names: set[str] = set()
+        self.no_dicom = 0
         self.refused: list[WaraError] = []
 
-    def add(self, prediction: Prediction) -> None:
+    @property
+    def written(self) -> int:
+        """How many reports there are: the same words on the same image are one."""
+        return len(self.names)
+
+    def add(self, prediction: Prediction) -> dict[str, Any] | None:
         """Write the report of one prediction, or note why there is none.
+
+        Returns:
+            What became of it, for `recall`.
 
         Raises:
             WaraError: kind "storage" when it cannot be written.
         """
-        if prediction.logits is None:
+        outcome = None if prediction.logits is None else self._outcome(prediction)
+        self.recall(outcome)
+        return outcome
+
+    def recall(self, outcome: dict[str, Any] | None) -> None:
+        """Count what became of a report, here or in an earlier call that this one continues."""
+        if outcome is None:
             return
+        if outcome.get("refused"):
+            self.refused.append(WaraError(*outcome["refused"]))
+        elif outcome.get("written"):
+            self.names.add(outcome["written"])
+        else:
+            self.no_dicom += 1
+
+    def _outcome(self, prediction: Prediction) -> dict[str, Any]:
         try:
             data = _object(prediction.reading)
             if data is None:
-                self.no_dicom += 1
-                return
+                return {"no_dicom": True}
             report = self.report(data, prediction.row)
         except WaraError as error:
-            self.refused.append(error)
-            return
-        write_bytes(self.folder / f"{report.SOPInstanceUID}.dcm", _encoded(report))
-        self.written += 1
+            return {"refused": [error.kind, error.what, error.where, error.remedy]}
+        name = f"{report.SOPInstanceUID}.dcm"
+        write_bytes(self.folder / name, _encoded(report))
+        return {"written": name}
 
     def report(self, data: bytes, row: dict[str, Any]) -> Dataset:
         """Return the report of one image.
@@ -338,12 +360,15 @@ class _Content:
         from pydicom.sr.codedict import codes
 
         for name, meaning in self.meanings.items():
-            words = [f"Probability of {text}" for text in (meaning, name) if text]
-            code = _code(f"prob_{name}", *words, f"P({name})", version=self.model[:16])
+            texts = [f"Probability of {text}" for text in (meaning, name) if text]
+            code = _code(f"prob_{name}", *texts, f"P({name})", version=self.model[:16])
             yield code, self.row[f"prob_{name}"], codes.UCUM.NoUnits
         score = _code("ood_score", "Distance to the training images (Mahalanobis)")
         yield score, self.row["ood_score"], codes.UCUM.NoUnits
-        rank = _code("ood_percentile", "Percentile of this distance among validation images")
+        # Of a calibrated bundle those are the local cases.
+        among = json.loads(self.bundle.read("reliability.json"))["chosen_on"]
+        words = f"Percentile of this distance among {among} images"
+        rank = _code("ood_percentile", words, version=self.model[:16])
         yield rank, self.row["ood_percentile"], codes.UCUM.Percent
 
     def _codes(self) -> Iterator[tuple[CodedConcept, Any]]:

@@ -18,10 +18,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from wara.deploy.places import open_locked
 from wara.deploy.predictor import Prediction, Predictor
 from wara.errors import WaraError, storage_error
+from wara.storage import sync_folder
 
 _START = "0" * 64
+_OPEN = b'{"kind": "open"'  # how every trace begins
+_UNREADABLE = "the image could not be read"
 _PACKAGES = ("onnxruntime", "numpy", "pillow", "pydicom")
 _SAID = ("prediction", "decision", "conformal_set", "ood_score", "ood_percentile", "abstain",
          "abstain_reason")  # fmt: skip
@@ -44,17 +48,34 @@ class Trace:
         predictor: whose sayings are recorded.
 
     Raises:
-        WaraError: kind "artefact" when the file is no whole trace, "storage" when it cannot be
-            written.
+        WaraError: kind "artefact" when the file is no whole trace, "busy" when another call writes
+            it, "storage" when it cannot be written. A last line that was torn while it was written
+            is no fault: it is moved to `torn_of` the file, and the line that opens the call holds
+            its hash.
     """
 
     def __init__(self, path: Path, predictor: Predictor) -> None:
         self.path, self.lines = path, 0
-        self.last = verify_trace(path) if path.is_file() else _START
+        self._stream = open_locked(path)
         try:
-            self._stream = path.open("a", encoding="utf-8")
+            self._begin(predictor)
         except OSError as error:
+            self._stream.close()
             raise storage_error(error, path) from error
+        except WaraError:
+            self._stream.close()
+            raise
+
+    def _begin(self, predictor: Predictor) -> None:
+        self._stream.seek(0)
+        data = self._stream.read()
+        whole, torn = _cut(data)
+        if not whole and torn[: len(_OPEN)] != _OPEN[: len(torn)]:
+            raise _broken(self.path, "line 1 is no line of a trace")
+        self.last = _verified(whole, self.path)
+        said = self._set_aside(torn, len(whole)) if torn else None
+        if whole and not whole.endswith(b"\n"):
+            self._stream.write(b"\n")
         manifest = predictor.bundle.manifest
         self._add("open", {
             "model": predictor.bundle.model_hash,
@@ -65,7 +86,19 @@ class Trace:
             "temperature": manifest["temperature"],
             "operating_point": manifest["operating_point"],
             "abstain_on": list(predictor.abstain_on),
+            "torn": said,
         })  # fmt: skip
+
+    def _set_aside(self, torn: bytes, end: int) -> dict[str, Any]:
+        """Move the torn end of a trace to the file beside it; return what names it."""
+        beside = torn_of(self.path)
+        with beside.open("ab") as stream:
+            stream.write(torn + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        sync_folder(beside.parent)
+        self._stream.truncate(end)
+        return {"sha256": hashlib.sha256(torn).hexdigest(), "bytes": len(torn)}
 
     def add(self, prediction: Prediction) -> None:
         """Record what was said of one image."""
@@ -79,14 +112,16 @@ class Trace:
                 for key, value in row.items() if key.startswith("prob_")
             },
             **{key: row[key] for key in _SAID},
-            # Words of the refusal alone: its place would be a path.
-            "error": None if error is None else f"{error.kind}: {_plain(error, reading.source)}",
+            # No words of the refusal: they may quote a path or a header.
+            "error": None if error is None else f"{error.kind}: {_UNREADABLE}",
         })  # fmt: skip
 
     def close(self) -> None:
         """Say how many lines the call has written."""
-        self._add("close", {"lines": self.lines})
-        self._stream.close()
+        try:
+            self._add("close", {"lines": self.lines})
+        finally:
+            self._stream.close()
 
     def _add(self, kind: str, content: dict[str, Any]) -> None:
         body = {
@@ -97,19 +132,12 @@ class Trace:
         }
         self.last = _hash(body)
         try:
-            self._stream.write(_line(body, self.last) + "\n")
+            self._stream.write((_line(body, self.last) + "\n").encode())
             self._stream.flush()
             os.fsync(self._stream.fileno())
         except OSError as error:
             raise storage_error(error, self.path) from error
         self.lines += 1
-
-
-def _plain(error: WaraError, source: Path) -> str:
-    words = error.what
-    for part in (str(source), source.name, source.stem):
-        words = words.replace(part, "…") if part else words
-    return words
 
 
 def _hash(body: dict[str, Any]) -> str:
@@ -121,6 +149,21 @@ def _line(body: dict[str, Any], said: str) -> str:
     return json.dumps({**body, "hash": said}, ensure_ascii=False)
 
 
+def torn_of(path: Path) -> Path:
+    """Return where the last line of a trace goes when a power cut tore it."""
+    return path.with_name(f"{path.name}.torn")
+
+
+def _cut(data: bytes) -> tuple[bytes, bytes]:
+    """Return the lines of a trace, and the beginning of one that never came to its end."""
+    end = data.rfind(b"\n") + 1
+    try:
+        json.loads(data[end:].decode())
+    except (ValueError, RecursionError):
+        return data[:end], data[end:]
+    return data, b""  # only the end of the line is lacking
+
+
 def verify_trace(path: Path) -> str:
     """Check every line of a trace.
 
@@ -130,8 +173,12 @@ def verify_trace(path: Path) -> str:
     Raises:
         WaraError: kind "artefact", naming the first line that was changed, removed or moved.
     """
+    return _verified(_bytes(path), path)
+
+
+def _verified(data: bytes, path: Path) -> str:
     last, open_lines = _START, 0
-    for number, text, body, said in _lines(path):
+    for number, text, body, said in _lines(data, path):
         # The line as well as its content: a blank or a key that stands twice is a change, too.
         if _hash(body) != said or _line(body, said) != text:
             raise _broken(path, f"line {number} was changed")
@@ -149,7 +196,7 @@ def verify_trace(path: Path) -> str:
 def unclosed(path: Path) -> list[int]:
     """Return the lines that open a call which did not come to its end."""
     found: list[int] = []
-    for number, _, body, _ in _lines(path):
+    for number, _, body, _ in _lines(_bytes(path), path):
         if body["kind"] == "open":
             found.append(number)
         elif body["kind"] == "close" and found:
@@ -157,12 +204,20 @@ def unclosed(path: Path) -> list[int]:
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any], str]]:
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _broken(path, f"cannot be read: {error.strerror}") from error
+
+
+def _lines(data: bytes, path: Path) -> Iterator[tuple[int, str, dict[str, Any], str]]:
     """Yield number, text, content and hash of each line."""
     try:
-        lines = path.read_bytes().decode().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _broken(path, f"cannot be read: {error}") from error
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        raise _broken(path, f"line {number} is no text") from error
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         try:
             body = json.loads(line)
