@@ -121,7 +121,8 @@ def test_a_patient_is_drawn_alike_in_all_splits_and_methods():
     def moved(cell, method, split):
         labels, probs = np.asarray(cell.labels)[order], np.asarray(cell.probs)[order]
         people = [cell.patients[i] for i in order]
-        return replace(cell, method=method, split=split, labels=labels, probs=probs, patients=people)
+        cell = replace(cell, labels=labels, probs=probs, patients=people)
+        return replace(cell, method=method, split=split)
 
     cells = [*base, *(moved(cell, "a", 1) for cell in base)]
     scores = score_cells(cells, "accuracy", resamples=100, seed=0)
@@ -247,8 +248,8 @@ def test_more_methods_need_more_evidence():
     assert (alone.verdict, many.verdict) == ("better", "undecided")
 
 
-# The smallest share of 600 hits that true coverage of 95 % has in 999 of 1000 tries is 0.92.
-QUICK = {"repeats": 600, "low": 0.92, "high": 0.985}
+# True coverage of 95 % gives a share of 250 repeats outside these limits in 1 of 300 tries.
+QUICK = {"repeats": 250, "low": 0.908, "high": 0.985}
 THOROUGH = {"repeats": 3000, "low": 0.93, "high": 0.97}
 
 
@@ -279,16 +280,16 @@ def test_the_simulation_tells_when_seeds_are_resampled_by_themselves():
     # The interval that is often reported: percentiles over the seeds, each with its own resample.
     rng = np.random.default_rng(1)
     hits = 0
-    for repeat in range(200):
+    for repeat in range(150):
         cells = trained(rng, methods="a", seed_sd=0.3)
         scores = score_cells(cells, "auc_macro", resamples=200, seed=repeat)
         draws, picks = scores.draws["a"][0], rng.integers(3, size=(3, 200))
         low, high = np.percentile(draws[picks, np.arange(200)].mean(axis=0), [2.5, 97.5])
         hits += low <= expected(seed_sd=0.3) <= high
-    assert hits / 200 < QUICK["low"]
+    assert hits / 150 < QUICK["low"]
 
 
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("paired", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_method_is_not_called_different_from_itself(paired):
     rng = np.random.default_rng(8)
     different = significant = 0
@@ -296,7 +297,7 @@ def test_a_method_is_not_called_different_from_itself(paired):
         cells = trained(rng, own=0.0)
         if not paired:
             cells = [replace(c, seed=c.seed + 3) if c.method == "b" else c for c in cells]
-        found = compare(cells, "a", resamples=200, seed=repeat, rope=0.0)["b"]
+        found = compare(cells, "a", resamples=100, seed=repeat, rope=0.0)["b"]
         significant += found.verdict in ("better", "worse")
         different += min(found.high, -found.low) < -0.01  # the verdict with the usual rope
         assert (found.verdict in ("better", "worse")) == (found.p < 0.05)
@@ -376,8 +377,7 @@ def test_numbers_that_mean_nothing_are_null_with_a_reason(cells):
     lonely = np.eye(40, dtype=int)[3]
     found = compare(with_labels(lonely), "a")["b"]
     assert found.value is not None and found.p is None
-    assert found.reason == "split 0: no interval: only one patient for class 0".replace("0", "1", 2)\
-        .replace("split 1", "split 0")
+    assert found.reason == "split 0: no interval: only one patient without class 0"
     same = [replace(c, probs=cells[0].probs) for c in cells]
     found = compare(same, "a")["b"]
     assert (found.value, found.low, found.verdict) == (0.0, None, None)
@@ -388,7 +388,7 @@ def test_numbers_that_mean_nothing_are_null_with_a_reason(cells):
 
 
 def test_intervals_stay_in_the_range_of_their_metric():
-    cells = trained(np.random.default_rng(0), seeds=3, n=30, seed_sd=0.5, gain=2.0)
+    cells = trained(np.random.default_rng(0), n=30, seed_sd=0.5, gain=0.5)
     for metric in ("auc_macro", "accuracy", "brier", "ece"):
         for of in summarise(cells, metric).values():
             assert 0 <= of.low < of.value < of.high <= 1, metric
