@@ -250,7 +250,7 @@ def test_more_methods_need_more_evidence():
 
 # True coverage of 95 % gives a share of 250 repeats outside these limits in 1 of 300 tries.
 QUICK = {"repeats": 250, "low": 0.908, "high": 0.985}
-THOROUGH = {"repeats": 3000, "low": 0.93, "high": 0.97}
+THOROUGH = {"repeats": 2000, "low": 0.93, "high": 0.97}
 
 
 def hold_the_truth(limits, **design):
@@ -277,7 +277,7 @@ def test_intervals_hold_the_truth_over_splits_that_share_patients(split_sd):
 
 
 def test_the_simulation_tells_when_seeds_are_resampled_by_themselves():
-    # The interval that is often reported: percentiles over the seeds, each with its own resample.
+    # The interval that is often reported: percentiles over resampled patients and seeds.
     rng = np.random.default_rng(1)
     hits = 0
     for repeat in range(150):
