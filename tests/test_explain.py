@@ -350,7 +350,7 @@ def test_without_captum_or_inside_the_bundle_nothing_begins(
     bundle: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert predicted(bundle, images, "--explain", str(bundle / "p")) == 2
-    assert "--explain lies inside the bundle" in capsys.readouterr().err
+    assert "--explain lies inside a bundle" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
     assert predicted(bundle, images, "--explain", str(images.parent / "p")) == 2
     assert "pip install 'wara[explain]'" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def test_a_damaged_file_is_named(copy: Path, name: str, damage: str) -> None:
         half = path.read_bytes()[: path.stat().st_size * 2 // 3]
         path.write_bytes(half if content is ... else content)
     if (name, damage) == ("config.yaml", "half"):
-        path.write_text(path.read_text().rpartition(":")[0] + ": [1,")
+        path.write_text(path.read_text().rpartition("\n")[0] + "\nepochs: [1,\n")
     error = refused(copy, name)
     where = str(copy) if damage == "gone" and name in ("config.yaml", FILES[6]) else name
     assert error.exit_code == 4 and error.remedy
