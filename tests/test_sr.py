@@ -19,8 +19,6 @@ from test_bundle import reseal
 from test_images import dicom
 from test_predict import predict, program
 
-from wara.cli import main
-from wara.deploy.bundle import canonical
 from wara.deploy.predictor import Predictor
 from wara.deploy.sr import Reports
 from wara.errors import WaraError
@@ -200,10 +198,9 @@ def test_classes_of_any_name_and_a_synthetic_model(bundle: Path, tmp_path: Path)
 
 def test_no_class_of_several_labels(bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    temperature = {"temperature": 1e6}  # every probability is a half, or less
-    trusted = json.loads((copy / "reliability.json").read_text()) | temperature
-    (copy / "reliability.json").write_text(json.dumps(trusted))
-    reseal(copy, task="multilabel", **temperature)
+    trusted = copy / "reliability.json"
+    trusted.write_text(json.dumps(json.loads(trusted.read_text()) | {"temperature": 1e6}))
+    reseal(copy, task="multilabel", temperature=1e6)  # every probability is a half, or less
     made = Reports(tmp_path / "sr", Predictor(copy).bundle)
     path = image(tmp_path / "a.dcm")
     (prediction,) = Predictor(copy).predict([path])
@@ -240,7 +237,6 @@ def test_a_header_that_allows_no_report_is_refused(
     assert error.what == f"no report: {why}" and error.kind == "data" and error.remedy
     assert row["prediction"] and row["error"] is None and not (tmp_path / "sr").exists()
     told = str(error) + repr(error.__cause__) + "".join(capfd.readouterr())
-    told = re.sub("[0-9a-f]{64}", "", told)  # a hash may hold any number
     assert not re.search("MUELLER|1950|4711", told) and "\n" not in str(error)
 
 
@@ -322,48 +318,6 @@ def test_reports_are_not_begun_in_the_middle(
         assert "other settings" in capsys.readouterr().err
     assert predict(bundle, *words, *reports_too, "--resume") == 0
     assert len(written(tmp_path / "sr")) == 3
-
-
-def test_a_report_that_was_refused_is_not_forgotten(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """A call that was stopped and goes on ends as one that was not, and counts the same reports."""
-    paths = [image(tmp_path / "0.dcm", 0, "StudyInstanceUID"), image(tmp_path / "1.dcm", 1)]
-    paths += [Path(shutil.copy(paths[1], tmp_path / "twin.dcm")), image(tmp_path / "3.dcm", 3)]
-    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "4.png")
-    paths = [*paths[:3], tmp_path / "4.png", paths[3]]
-    out, sr = tmp_path / "rows.csv", tmp_path / "sr"
-    words = [str(bundle), *map(str, paths), "--out", str(out), "--dicom-sr", str(sr)]
-    words += ["--batch-size", "1"]
-    assert main(["predict", *words]) == 3
-    whole = capsys.readouterr().err
-    assert f"2 structured reports in {sr}" in whole and len(written(sr)) == 2
-    assert "StudyInstanceUID is absent" in whole and "1 images have no report" in whole
-    real = Predictor.run
-
-    def stops(self: Predictor, pixels: np.ndarray) -> Any:
-        if len((tmp_path / ".rows.csv.part").read_text().splitlines()) == 5:
-            raise KeyboardInterrupt
-        return real(self, pixels)
-
-    monkeypatch.setattr(Predictor, "run", stops)
-    assert main(["predict", *words]) == 130
-    monkeypatch.undo()
-    capsys.readouterr()
-    assert main(["predict", *words, "--resume"]) == 3
-    assert capsys.readouterr().err == whole
-
-
-def test_a_percentile_is_among_the_images_that_it_is_of(bundle: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    trusted = json.loads((copy / "reliability.json").read_text()) | {"chosen_on": "local"}
-    (copy / "reliability.json").write_bytes(canonical(trusted))
-    reseal(copy)
-    reports(copy, image(tmp_path / "a.dcm"))
-    (report,) = written(tmp_path / "sr")
-    named = [name for name, _ in items(report) if name.startswith("Percentile")]
-    assert named == ["Percentile of this distance among local images"]
 
 
 def test_without_highdicom(

@@ -68,6 +68,17 @@ def test_a_line_that_lacks_what_its_kind_has(line: dict[str, Any], tmp_path: Pat
     assert main(["verify", str(path)]) == 4
 
 
+def test_a_folder_of_somebody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    assert main(["verify", str(tmp_path)]) == 5
+    assert "cannot be read: Permission denied" in capsys.readouterr().err
+
+
 def test_calls_without_an_end_are_told(trace: Path, tmp_path: Path) -> None:
     assert not [line for line in verify(trace) if "not closed" in line]
     copy = tmp_path / "trace.jsonl"

@@ -77,7 +77,7 @@ class Bundle:
         path, said = self.folder / name, self.manifest["files"].get(name)
         if said is None:
             raise WaraError("artefact", f"no file {name} in the bundle", str(self.folder), _AGAIN)
-        with _readable(self.folder):
+        with readable(self.folder):
             same = path.stat().st_size == said["bytes"]
             data = path.read_bytes() if same else b""
         if not same or hashlib.sha256(data).hexdigest() != said["sha256"]:
@@ -107,7 +107,7 @@ def open_bundle(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    with _readable(folder):
+    with readable(folder):
         if not path.is_file():
             remedy = "give the folder that `wara export` wrote"
             raise WaraError("artefact", f"no {MANIFEST}: this is no bundle", str(folder), remedy)
@@ -120,8 +120,12 @@ def open_bundle(folder: str | Path) -> Bundle:
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Refuse what the system does not let us read, such as the files of another user."""
+def readable(folder: Path) -> Iterator[None]:
+    """Refuse what the system does not let us read, such as the files of another user.
+
+    Raises:
+        WaraError: kind "storage", naming the file.
+    """
     try:
         yield
     except OSError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wara.deploy.bundle import MANIFEST
+from wara.deploy.bundle import MANIFEST, readable
 from wara.deploy.contents import check_reference
 from wara.deploy.parity import LARGEST
 from wara.deploy.predictor import Predictor
@@ -23,12 +23,15 @@ def verify(path: str | Path) -> Iterator[str]:
     """Check a bundle, a run folder or a trace; yields what was found right.
 
     Raises:
-        WaraError: kind "artefact", naming what is not as it was written.
+        WaraError: kind "artefact", naming what is not as it was written, "storage" for what may
+            not be read.
     """
     path = Path(path)
-    if path.is_file():
+    with readable(path):
+        file, bundle = path.is_file(), (path / MANIFEST).is_file()
+    if file:
         yield from _trace(path)
-    elif (path / MANIFEST).is_file():
+    elif bundle:
         yield from _bundle(path)
     elif path.is_dir():
         yield from _run(path)
