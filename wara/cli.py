@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wara.compare.verbs import compare_verb
 from wara.deploy.verbs import VERBS
 from wara.errors import WaraError, as_refusal, suggest
 
@@ -103,7 +104,7 @@ def build_parser() -> _Parser:
     _add_train_arguments(train)
     train.set_defaults(verb=_train, parser=train)
 
-    for word in VERBS:
+    for word in (compare_verb(_read_from_here), *VERBS):
         parsed = verbs.add_parser(
             word.name, help=word.help, description=f"{word.help.capitalize()}."
         )
@@ -200,6 +201,11 @@ def _look_here() -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def _read_from_here(source: str, overrides: Sequence[str]) -> RunConfig:
+    _look_here()
+    return read_config(source, overrides)
 
 
 def _train(arguments: argparse.Namespace) -> None:
