@@ -1,1 +1,1 @@
-"""Many runs side by side: the grid, its cells, the workers that run them, and the table."""
+"""Methods side by side over seeds, splits and data sets: grid, cells, statistics, tables."""

@@ -47,11 +47,11 @@ def sweep(
     points: dict[str, list[tuple[float, float, float, float]]] = {}
     for line in lines:
         own, row = line.summary, line.sized.row
-        x = line.sized.adapter_params if over == "parameters" else line.train_images
+        place = line.sized.adapter_params if over == "parameters" else line.train_images
         if own is None or own.value is None or (over == "parameters" and row.budget is None):
             continue
         low, high = (own.value if end is None else end for end in (own.low, own.high))
-        points.setdefault(row.method, []).append((x, own.value, low, high))
+        points.setdefault(row.method, []).append((place, own.value, low, high))
     points = {method: sorted(of) for method, of in points.items() if len({p[0] for p in of}) > 1}
     if not points:
         return None

@@ -127,8 +127,8 @@ def conclusions(request: Request, lines: Sequence[Line]) -> list[str]:
             continue
         start = f"{line.label}: {score_words(line)}"
         if other is None or other.value is None:
-            said.append(f"{start}; not held against {request.reference}: "
-                        f"{line.untested or (other.reason if other else 'not tested')}.")  # fmt: skip
+            why = line.untested or (other.reason if other else "not tested")
+            said.append(f"{start}; not held against {request.reference}: {why}.")
             continue
         gap = with_interval(other.value, other.low, other.high, "+")
         said.append(f"{start}; minus {request.reference} {gap}: {_verdict(request, line)}.")

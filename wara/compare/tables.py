@@ -46,7 +46,8 @@ def _csv_row(request: Request, line: Line) -> list[Any]:
     numbers += [getattr(other, name, None) for name in ("value", "low", "high", "p", "p_holm")]
     return [
         line.dataset, line.label, row.method, row.budget, row.train, line.sized.adapter_params,
-        line.sized.head_params, *(_exact(line, key) for key in ("file_bytes", "lr", "weight_decay")),
+        line.sized.head_params,
+        *(_exact(line, key) for key in ("file_bytes", "lr", "weight_decay")),
         len(line.finished), line.wanted, request.metric,
         *(None if number is None else f"{number:.6f}" for number in numbers),
         getattr(other, "verdict", None), reason_of(line) if not seen or line.untested else None,

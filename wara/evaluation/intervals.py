@@ -79,6 +79,26 @@ def weighted_auc(scores: Floats, positive: NDArray[np.bool_], counts: Floats) ->
     return np.divide(wins, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
+def replicate_auc(
+    positive: NDArray[np.bool_], probs: Floats, counts: Floats, *, task: str
+) -> Floats:
+    """Return the one-vs-rest AUROC of every class in each replicate.
+
+    Args:
+        positive: [n, c], one-hot labels, or the labels of a multilabel task.
+        probs: [n, c].
+        counts: [n, replicates], multiplicity of each image.
+        task: `binary`, `multiclass`, `ordinal` or `multilabel`.
+
+    Returns:
+        [c, replicates]; NaN where a class has no image, or all of them.
+    """
+    # With two classes both one-vs-rest AUCs are one number; one score keeps rounding out of it.
+    score = np.stack([-probs[:, 1], probs[:, 1]], axis=1) if task == "binary" else probs
+    columns = zip(score.T, positive.T, strict=True)
+    return np.stack([weighted_auc(one, among, counts) for one, among in columns])
+
+
 def replicate_metrics(
     labels: Ints,
     probs: Floats,
@@ -115,9 +135,7 @@ def replicate_metrics(
     with np.errstate(divide="ignore", invalid="ignore"):
         sensitivity, specificity = hit / pos, correct_no / neg
         f1 = np.where(pos > 0, 2 * hit / (pos + called), np.nan)
-    # With two classes both one-vs-rest AUCs are one number; one score keeps rounding out of it.
-    score = np.stack([-probs[:, 1], probs[:, 1]], axis=1) if task == "binary" else probs
-    auc = np.stack([weighted_auc(score[:, k], positive[:, k], counts) for k in range(c)])
+    auc = replicate_auc(positive, probs, counts, task=task)
 
     confidence, hits = confidence_and_hits(labels, probs)
     gaps = np.zeros_like(total)

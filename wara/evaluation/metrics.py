@@ -168,7 +168,7 @@ def evaluate(
     )
     replicates: dict[str, Floats] = {}
     if bootstrap and cluster.max() > 0:
-        picked = _as_columns(decide(p, task=task), task, len(classes))
+        picked = as_columns(decide(p, task=task), task, len(classes))
         parts = [
             intervals.replicate_metrics(y, p, picked, counts, task=task, classes=classes)
             for counts in intervals.draw_counts(cluster, bootstrap, seed)
@@ -190,7 +190,8 @@ def evaluate(
     return report
 
 
-def _as_columns(y: Ints, task: str, c: int) -> NDArray[np.bool_]:
+def as_columns(y: Ints, task: str, c: int) -> NDArray[np.bool_]:
+    """Return labels or predictions [n], or [n, c] of a multilabel task, one column a class."""
     return y.astype(bool) if task == "multilabel" else np.eye(c, dtype=bool)[y]
 
 
@@ -202,9 +203,9 @@ def _points(
     from sklearn.metrics import cohen_kappa_score, f1_score, roc_auc_score
 
     many, c = task == "multilabel", len(classes)
-    positive = _as_columns(y, task, c)
+    positive = as_columns(y, task, c)
     decision = decide(p, task=task)
-    picked = _as_columns(decision, task, c)
+    picked = as_columns(decision, task, c)
     has = positive.sum(axis=0)
     lacks = len(y) - has
     values: dict[str, float | None] = dict.fromkeys(metric_names(task, classes))
