@@ -16,7 +16,8 @@ from wara.compare.grid import MAJORITY, Cell, Request, Row, cells_of
 from wara.compare.worker import Shelf
 from wara.data.loader import eval_batches
 from wara.data.splits import SPLITS
-from wara.errors import WaraError, WaraErrors
+from wara.errors import WaraError, WaraErrors, suggest
+from wara.evaluation.metrics import metric_names
 from wara.training.losses import loss_per_image
 from wara.training.plan import describe
 from wara.training.setup import Prepared, kernels, prepare
@@ -155,7 +156,7 @@ def check(rows: Iterable[Row], request: Request, shelf: Shelf, *, measure: bool 
             except WaraError as error:
                 faults += error.errors if isinstance(error, WaraErrors) else [error]
                 break
-    faults += _faults(grounds)
+    faults += _faults(grounds, request.metric)
     if faults:
         raise WaraErrors(list({str(fault): fault for fault in faults}.values()))
     return Checked(tuple(sized), grounds)
@@ -171,11 +172,15 @@ def _sized(row: Row, run: Prepared, measure: bool) -> Sized:
     )  # fmt: skip
 
 
-def _faults(grounds: dict[Place, Ground]) -> Iterable[WaraError]:
+def _faults(grounds: dict[Place, Ground], metric: str) -> Iterable[WaraError]:
     for (dataset, train, split), ground in grounds.items():
         if not ground.images["test"]:
             what, remedy = "no test images, so nothing can be compared", "raise data.test_fraction"
             yield WaraError("config", what, dataset, remedy)
+        known = metric_names(ground.task, ground.classes)
+        if metric not in known:
+            what = f"there is no metric '{metric}' of a {ground.task} task"
+            yield WaraError("usage", what, "--metric", suggest(metric, known))
         twins = [s for (d, t, s), g in grounds.items()
                  if (d, t, g.data) == (dataset, train, ground.data) and s < split]  # fmt: skip
         if twins:

@@ -58,10 +58,10 @@ def sweep(
     fig = new_figure(7.0, 4.2)
     ax = fig.subplots()
     for number, (method, of) in enumerate(points.items()):
-        x, value, low, high = zip(*of, strict=True)
+        along, value, low, high = (list(column) for column in zip(*of, strict=True))
         style = line_of(number)
-        ax.plot(x, value, marker="o", markersize=4, label=text_of(method), **style)
-        ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        ax.plot(along, value, marker="o", markersize=4, label=text_of(method), **style)
+        ax.fill_between(along, low, high, color=style["color"], alpha=0.12, linewidth=0)
     ax.set_xscale("log")
     ax.set_xlabel("trained adapter parameters" if over == "parameters" else "training images")
     ax.set_ylabel(f"test {metric}")

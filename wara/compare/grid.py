@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -185,6 +186,9 @@ def _faults(request: Request) -> Iterator[WaraError]:
     for word, found in lists.items():
         for item in sorted({str(x) for x in found if found.count(x) > 1}):
             yield WaraError("usage", f"the {word} '{item}' stands twice", "", "name it once")
+    if not 0 <= request.rope < math.inf:
+        what = f"a smallest difference of {request.rope} means nothing"
+        yield WaraError("usage", what, "--rope", "take 0 or more")
     if request.reference is None:
         return
     if request.reference not in request.methods:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress
 from wara.runs.report import cell as shown
 from wara.storage import read_json, write_json
+
+
+_RECORD, _LOCK = "compare.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,9 @@ def compare(
         print(line, flush=True)
     if plan:
         return request.out
-    RunFolder(request.out).check_writable()
     with _held(request.out):
         runs = [wanted for wanted in grid if wanted.cell.row.method != MAJORITY]
-        record = request.out / "compare.json"
+        record = request.out / _RECORD
         write_json(record, cells.check_grid(record, [wanted.cell for wanted in runs]))
         runs, trials = _tuned(request, checked, runs, launcher, at_once)
         placed = [
@@ -125,23 +128,31 @@ def _first_place(sized: Sized) -> tuple[str, int | None, int]:
     return sized.row.dataset, sized.row.train, sized.row.config.data.split_seed
 
 
-class _held:
-    """The lock of a comparison's folder."""
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold the folder of a comparison.
 
-    def __init__(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.lock = out, FileLock(out / ".lock")
-
-    def __enter__(self) -> None:
-        try:
-            self.lock.acquire(blocking=False)
-        except Timeout:
-            remedy = "wait for it, stop it, or choose another --out"
-            what = "another comparison is writing here"
-            raise WaraError("busy", what, str(self.out), remedy) from None
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+    Raises:
+        WaraError: kind "config" when it holds something else, kind "busy" when another comparison
+            is going on in it.
+    """
+    folder = RunFolder(out)
+    folder.check_writable()
+    remedy = "choose another --out"
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if (out.exists() and not out.is_dir()) or names - {_LOCK} and _RECORD not in names:
+        raise WaraError("config", "there is something that is no comparison", str(out), remedy)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        what = "another comparison is going on here"
+        raise WaraError("busy", what, str(out), f"wait for it, or {remedy}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # -- tuning --------------------------------------------------------------------------------------
