@@ -50,7 +50,8 @@ def sweep(
         place = line.sized.adapter_params if over == "parameters" else line.train_images
         if own is None or own.value is None or (over == "parameters" and row.budget is None):
             continue
-        low, high = (own.value if end is None else end for end in (own.low, own.high))
+        low = own.value if own.low is None else own.low
+        high = own.value if own.high is None else own.high
         points.setdefault(row.method, []).append((place, own.value, low, high))
     points = {method: sorted(of) for method, of in points.items() if len({p[0] for p in of}) > 1}
     if not points:
@@ -58,10 +59,10 @@ def sweep(
     fig = new_figure(7.0, 4.2)
     ax = fig.subplots()
     for number, (method, of) in enumerate(points.items()):
-        along, value, low, high = (list(column) for column in zip(*of, strict=True))
+        along, value, lows, highs = (list(column) for column in zip(*of, strict=True))
         style = line_of(number)
         ax.plot(along, value, marker="o", markersize=4, label=text_of(method), **style)
-        ax.fill_between(along, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        ax.fill_between(along, lows, highs, color=style["color"], alpha=0.12, linewidth=0)
     ax.set_xscale("log")
     ax.set_xlabel("trained adapter parameters" if over == "parameters" else "training images")
     ax.set_ylabel(f"test {metric}")

@@ -26,7 +26,6 @@ from wara.runs.progress import Progress
 from wara.runs.report import cell as shown
 from wara.storage import read_json, write_json
 
-
 _RECORD, _LOCK = "compare.json", ".lock"
 
 
