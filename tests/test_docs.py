@@ -154,6 +154,8 @@ def test_other_commands(
         assert words[1] == "install" and (
             words[2:] == ["-e", "."] or extra in project["optional-dependencies"]
         )
+    elif words[:2] == ["wara", "compare"]:
+        assert cli.main([*words[1:], "--plan", "--set", "data.images=60"]) == 0
     elif words[0] == "wara":
         assert cli.main(words[1:]) == 0
     elif words[1] == "-m":
