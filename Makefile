@@ -42,7 +42,7 @@ $(READY): requirements.lock pyproject.toml
 # Needs uv. The result names versions only: where packages come from is the machine's business.
 lock:
 	{ sed -n '/^#/p' requirements.lock; uv pip compile pyproject.toml --universal --quiet \
-	  --extra baselines --extra dev --extra dicom --extra explain --extra export --extra papers --extra tensorboard \
+	  --extra baselines --extra dev --extra dicom --extra explain --extra export --extra papers --extra ray --extra tensorboard \
 	  --no-emit-index-url --no-header --no-annotate; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
