@@ -12,6 +12,7 @@ from wara.compare.worker import Job, Outcome, Worker
 from wara.errors import WaraError
 from wara.images import processors
 from wara.net import reachable
+from wara.training.processes import interpreter_environment
 
 
 class Ray:
@@ -33,12 +34,13 @@ class Ray:
             remedy = "pip install 'wara[ray]', or --launcher local"
             raise WaraError("usage", "ray is not installed", "--launcher ray", remedy) from error
         remedy = "correct --ray-address, or leave it out to start Ray here"
-        if address is not None and not _answers(address):
+        if address is not None and address != "auto" and not _answers(address):
             raise WaraError("usage", "no Ray cluster answers", address, remedy)
         cores = processors()
         self.threads = max(1, cores // jobs)
         # Workers must compute as the local launcher's do, with as many threads.
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(self.threads)}}
+        threads = interpreter_environment(self.threads)["OMP_NUM_THREADS"]
+        environment = {"env_vars": {"OMP_NUM_THREADS": threads}}
         here: dict[str, Any] = {} if address else {"num_cpus": cores, "include_dashboard": False}
         try:
             ray.init(
