@@ -89,7 +89,7 @@ def _parts(request: Request, checked: Checked, results: Results) -> Iterator[Par
 def _of_dataset(request: Request, checked: Checked, results: Results, name: str) -> Iterator[Part]:
     ground = next(g for g in checked.grounds.values() if g.name == name)
     lines = results.of(name)
-    yield Heading(f"{name}: {ground.title}")
+    yield Heading(name if ground.title == name else f"{name}: {ground.title}")
     yield from map(Text, conclusions(request, lines))
     head, *rows = cells_of_table(request, lines)
     rows_: list[Sequence[str | Link]] = []
