@@ -122,6 +122,7 @@ for room in sys.argv[2:]:
 """
     )
     names = [module_name(path).removeprefix("wara.") for path in FILES if room_of(path) in LIGHT]
+    names += [f"compare.{name}" for name in ("statistics", "across", "figures")]
     python(code, ",".join(sorted(HEAVY)), *names)
 
 

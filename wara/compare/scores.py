@@ -113,11 +113,11 @@ def score_cells(cells: Iterable[Cell], metric: str, *, resamples: int, seed: int
 
     cluster, rows = _patients(firsts)
     known = Scores(_seeds(ordered), int(cluster.max()) + 1)
-    undefined = _first(_undefined(cell, metric) for cell in firsts.values())
-    if undefined:
-        return replace(known, reason=undefined)
     once = np.ones((len(cluster), 1))
     points = np.stack([_replicates(cell, metric, once[rows[cell.split]]) for cell in ordered])
+    undefined = np.flatnonzero(np.isnan(points[:, 0]))
+    if len(undefined):
+        return replace(known, reason=_undefined(ordered[undefined[0]], metric))
     known = replace(known, values=_nested(ordered, points[:, 0]))
     fault = _first(_fault(cell, metric, cluster[rows[cell.split]]) for cell in firsts.values())
     if fault:
@@ -207,11 +207,11 @@ def _patients(firsts: dict[int, Cell]) -> tuple[Ints, dict[int, slice]]:
     return intervals.clusters(len(keys), keys), rows
 
 
-def _undefined(cell: Cell, metric: str) -> str | None:
+def _undefined(cell: Cell, metric: str) -> str:
     """Return why the metric is undefined on the images of a cell."""
     labels, probs, options = _checked(cell)
     entry = evaluate(labels, probs, bootstrap=0, **options)[metric]
-    return f"split {cell.split}: {entry['reason']}" if entry["value"] is None else None
+    return f"split {cell.split}: {entry['reason']}"
 
 
 def _fault(cell: Cell, metric: str, cluster: Ints) -> str | None:

@@ -15,6 +15,12 @@ of Obuchowski and Rockette (1995) for readers and cases, with seeds as readers; 
 freedom are those of Hillis (2007), Satterthwaite's for these mean squares. Resampling the few
 seeds instead would give an interval that is too short: the variance of a resampled mean of S seeds
 is (S - 1) / S of the true one, and no percentile reaches beyond the seeds that were seen.
+
+A part that comes out below 0 by chance counts as 0: leaving it negative made intervals too short
+in simulation (88 to 95 %). The price is that differences between methods whose seeds hardly differ
+get intervals that are a little long. With only two seeds, or two splits, that differ by more than
+patients do, 95 % intervals hold the truth in 90 to 93 %; three are enough. Training sets of splits
+that overlap share more than this sees: it speaks of splits of such data, not of other hospitals.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from wara.compare.scores import Floats, Scores
 
@@ -97,7 +103,8 @@ class Spread:
 
     def reach(self, alpha: float) -> float:
         """Return how many standard errors an interval of level 1 - alpha goes either way."""
-        return float(stats.t.ppf(1 - alpha / 2, self.df))
+        # Not stats.t, whose checks take longer than a thousand designs do here.
+        return float(special.stdtrit(min(self.df, 1e9), 1 - alpha / 2))
 
     def with_seeds(self, seeds: int) -> Spread:
         """Return what to expect of another number of seeds per split."""

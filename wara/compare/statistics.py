@@ -273,11 +273,12 @@ def _needs(of: Spread, rope: float, methods: int) -> dict[str, Any]:
     wanted = abs(abs(of.value) - rope)
     # "The same" is not corrected for the number of methods; for a difference Holm's first step is.
     alpha = ALPHA / methods if abs(of.value) > rope else ALPHA
+    power = stats.norm.ppf(POWER)
 
     def first(numbers: Iterable[int], then: Callable[[int], Spread]) -> int | None:
         for number in numbers:
             of = then(number)
-            if (of.reach(alpha) + stats.norm.ppf(POWER)) * of.error <= wanted:
+            if (of.reach(alpha) + power) * of.error <= wanted:
                 return number
         return None
 
