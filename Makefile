@@ -43,7 +43,7 @@ $(READY): requirements.lock pyproject.toml
 lock:
 	{ sed -n '/^#/p' requirements.lock; uv pip compile pyproject.toml --universal --quiet \
 	  --extra baselines --extra dashboard --extra dev --extra dicom --extra explain --extra export \
-	  --extra papers --extra tensorboard \
+	  --extra papers --extra ray --extra tensorboard \
 	  --no-emit-index-url --no-header --no-annotate; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 

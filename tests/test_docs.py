@@ -209,6 +209,8 @@ def test_other_commands(
         files = (["-e", "."], ["-r", "bundle/requirements.txt"])
         assert words[1] == "install"
         assert words[2:] in files or extra in project["optional-dependencies"]
+    elif words[:2] == ["wara", "compare"]:
+        assert cli.main([*words[1:], "--plan", "--set", "data.images=60"]) == 0
     elif words[0] == "wara":
         assert cli.main(words[1:]) == 0
     elif words[1] == "bundle/infer.py":  # what it does is the subject of tests of its own

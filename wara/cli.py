@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wara.compare.verbs import compare_verb
 from wara.deploy.verbs import VERBS, Verb
 from wara.errors import WaraError, as_refusal, suggest
 
@@ -104,7 +105,7 @@ def build_parser() -> _Parser:
     _add_train_arguments(train)
     train.set_defaults(verb=_train, parser=train)
 
-    for word in (*VERBS, DASHBOARD):
+    for word in (compare_verb(_read_from_here), *VERBS, DASHBOARD):
         parsed = verbs.add_parser(
             word.name, help=word.help, description=f"{word.help.capitalize()}."
         )
@@ -201,6 +202,11 @@ def _look_here() -> None:
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def _read_from_here(source: str, overrides: Sequence[str]) -> RunConfig:
+    _look_here()
+    return read_config(source, overrides)
 
 
 def _train(arguments: argparse.Namespace) -> None:

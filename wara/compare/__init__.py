@@ -1,1 +1,1 @@
-"""Methods side by side, over seeds, splits and data sets: scores, statistics, figures."""
+"""Methods side by side over seeds, splits and data sets: grid, cells, statistics, tables."""

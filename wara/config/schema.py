@@ -103,6 +103,9 @@ class DataConfig(Section):
     )
     val_fraction: float = Field(0.15, gt=0, lt=1, description="Share for validation if not split.")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for the test if not split.")
+    train_images: int | None = Field(
+        None, ge=2, description="Training images kept, about so many; null: all."
+    )
     split_seed: int = Field(0, ge=0, description="Seed of the split, apart from the run's seed.")
     modality: Modality | None = Field(
         None, description="What images without a card show; null: not known, little is augmented."

@@ -11,7 +11,7 @@ import numpy as np
 from wara import storage
 from wara.data.balance import class_counts
 from wara.data.imageset import ImageSet, left_out_line
-from wara.data.splits import SPLITS, connected_groups, stratify
+from wara.data.splits import SPLITS, UNUSED, connected_groups, stratify
 from wara.errors import WaraError, WaraErrors
 
 SHOWN = 20
@@ -50,14 +50,47 @@ def assign_splits(
     names = ["train", *missing]
     fractions = [1 - sum(wanted[split] for split in missing), *(wanted[s] for s in missing)]
     if pool:
-        groups = connected_groups(
-            [image_set.records[index].patient for index in pool],
-            [image_set.sha256(index) for index in pool],
-        )
-        parts = stratify(image_set.labels[pool], groups, fractions, seed)
+        parts = stratify(image_set.labels[pool], _groups(image_set, pool), fractions, seed)
         for index, part in zip(pool, parts, strict=True):
             given[index] = names[part]
     return [split or "train" for split in given]
+
+
+def thin(image_set: ImageSet, splits: Sequence[str], count: int, seed: int) -> list[str]:
+    """Take training images out until about `count` are left, each class by the same share.
+
+    Images of one patient stay together, so that the number is met as nearly as they allow.
+
+    Args:
+        image_set: the data.
+        splits: "train", "val" or "test" per record.
+        count: training images to keep.
+        seed: decides which.
+
+    Returns:
+        The splits, with "unused" for what was taken out.
+
+    Raises:
+        WaraError: kind "config" when there are not so many.
+    """
+    pool = [index for index, split in enumerate(splits) if split == "train"]
+    if count > len(pool):
+        what = f"{count} training images wanted, {len(pool)} there"
+        raise WaraError("config", what, "data.train_images", "lower it, or leave it out for all")
+    share = count / len(pool)
+    parts = stratify(image_set.labels[pool], _groups(image_set, pool), (share, 1 - share), seed)
+    thinned = list(splits)
+    for index, part in zip(pool, parts, strict=True):
+        thinned[index] = UNUSED if part else "train"
+    return thinned
+
+
+def _groups(image_set: ImageSet, pool: Sequence[int]) -> np.ndarray:
+    """Number the groups of records that show one patient or are one file: int64 `[n]`."""
+    return connected_groups(
+        [image_set.records[index].patient for index in pool],
+        [image_set.sha256(index) for index in pool],
+    )
 
 
 def check(

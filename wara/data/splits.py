@@ -7,6 +7,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+UNUSED = "unused"
+"""What an image is that a smaller training set leaves out."""
 
 
 def connected_groups(*keys: Sequence[Hashable | None]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A report as a list of parts, written as Markdown or as one HTML page that needs nothing else.
 
-The page holds its pictures and its style, no script, and no address of anything.
+The page holds its pictures and its style, and a script only where one is given; what it links to
+lies beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 from wara.runs.report import table_cell
 
@@ -43,12 +46,19 @@ class Tiles:
     items: Sequence[tuple[str, str, str]]
 
 
+class Link(NamedTuple):
+    """Words in a cell of a table that lead to a file beside the report."""
+
+    text: str
+    target: str
+
+
 @dataclass(frozen=True)
 class Table:
     """A table; the first column names the rows."""
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Link]]
 
 
 @dataclass(frozen=True)
@@ -80,26 +90,39 @@ def _markdown(part: Part) -> str:
                              for what, value, detail in items)  # fmt: skip
         case Picture(file, caption):
             return f"![{caption}]({file})\n\n{caption}"
-        case Table(header, rows):
-            lines = [header, ["---"] * len(header), *rows]
-            return "\n".join(f"| {' | '.join(map(table_cell, line))} |" for line in lines)
+        case Table():
+            return as_markdown_table(part)
 
 
-def as_html(title: str, parts: Sequence[Part], folder: Path) -> str:
+def as_markdown_table(table: Table) -> str:
+    """Return a table as Markdown."""
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
+
+
+def _markdown_cell(cell: str | Link) -> str:
+    if isinstance(cell, Link):
+        return f"[{table_cell(cell.text)}]({quote(cell.target)})"
+    return table_cell(cell)
+
+
+def as_html(title: str, parts: Sequence[Part], folder: Path, script: str = "") -> str:
     """Return the report as one page.
 
     Args:
         title: heading.
         parts: of the report.
         folder: that pictures are relative to.
+        script: JavaScript to put at the end of the page; the page must be whole without it.
     """
     body = "\n".join(_html(part, folder) for part in parts)
     name = html.escape(title)
+    ending = f"<script>{script}</script>\n" if script else ""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{name}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<h1>{name}</h1>\n{body}\n</main>\n{ending}</body>\n</html>\n"
     )
 
 
@@ -129,8 +152,8 @@ def _html(part: Part, folder: Path) -> str:
         case Table(header, rows):
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
             lines = "\n".join(
-                f"<tr><th>{html.escape(first)}</th>"
-                + "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
+                f"<tr><th>{_html_cell(first)}</th>"
+                + "".join(f"<td>{_html_cell(cell)}</td>" for cell in rest)
                 + "</tr>"
                 for first, *rest in rows
             )
@@ -140,6 +163,12 @@ def _html(part: Part, folder: Path) -> str:
                 f'<div class="table"><table{kind}>\n{top}'
                 f"<tbody>\n{lines}\n</tbody>\n</table></div>"
             )
+
+
+def _html_cell(cell: str | Link) -> str:
+    if isinstance(cell, Link):
+        return f'<a href="{quote(cell.target)}">{html.escape(cell.text)}</a>'
+    return html.escape(cell)
 
 
 _STYLE = """

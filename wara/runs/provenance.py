@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import os
 import platform
@@ -167,6 +169,21 @@ def data_sha256(rows: Iterable[Sequence[object]]) -> str:
         sha.update("\x1f".join("" if cell is None else str(cell) for cell in row).encode())
         sha.update(b"\x1e")
     return sha.hexdigest()
+
+
+def forget_peak_memory() -> bool:
+    """Begin to count the memory of this process anew, for a process that does several runs.
+
+    Returns:
+        Whether the system can do that; Linux can. Otherwise the peak stays that of all runs so far.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def peak_memory_mb(cuda: bool) -> float:

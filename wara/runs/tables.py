@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wara.data.splits import SPLITS
+from wara.data.splits import SPLITS, UNUSED
 from wara.errors import WaraError
 from wara.evaluation.predict import Predictions
 from wara.storage import read_csv, write_csv
@@ -84,8 +84,8 @@ def read_splits(path: Path, *, classes: Sequence[str], task: str) -> list[SplitR
     found = []
     wanted = ["file", "label", "label_index", "patient", "split", "sha256"]
     for row in _read(path, wanted)[1]:
-        if row["split"] not in SPLITS:
-            raise row.fault("split", f"one of {', '.join(SPLITS)}")
+        if row["split"] not in (*SPLITS, UNUSED):
+            raise row.fault("split", f"one of {', '.join((*SPLITS, UNUSED))}")
         label = row.label("label", classes, task)
         found.append(
             SplitRow(row["file"], label, row["patient"] or None, row["split"], row["sha256"])

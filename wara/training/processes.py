@@ -119,20 +119,30 @@ def _raise_first(folder: Path, children: list[subprocess.Popen[bytes]]) -> None:
             )  # fmt: skip
 
 
-def _environment(number: int, processes: int, port: int) -> dict[str, str]:
+def interpreter_environment(threads: int) -> dict[str, str]:
+    """Return the environment of another interpreter that finds this package.
+
+    Args:
+        threads: that torch may use there, unless the user has set a number.
+    """
     environment = dict(os.environ)
     package = str(Path(wara.__file__).resolve().parents[1])
     paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    return environment
+
+
+def _environment(number: int, processes: int, port: int) -> dict[str, str]:
+    environment = interpreter_environment(max(1, processors() // processes))
     environment.update(
         {
             "LOCAL_RANK": str(number),
             "NODE_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join(paths),
         }
     )
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, processors() // processes)))
     if sys.platform == "linux":
         # Without it, gloo looks the host name up, which fails on machines that cannot resolve it.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

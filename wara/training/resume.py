@@ -11,11 +11,11 @@ from wara.runs.folder import RunFolder
 from wara.runs.records import ProvenanceFile, other_writer, read_record, writer_of
 from wara.training.setup import Prepared
 
-# May differ between a run and its resumption: they change where and how fast, not what.
-_FREE = (
+FREE = (
     "out", "offline", "data.workers", "data.cache", "data.cache_limit", "devices", "accelerator",
     "bootstrap", "wandb", "tensorboard",
 )  # fmt: skip
+"""Keys of a config that decide where and how fast a run goes, not what comes of it."""
 
 
 def check_config(folder: RunFolder, config: RunConfig) -> None:
@@ -32,7 +32,7 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
     _check_version(folder)
     earlier = load_config(folder.config).resolved().model_dump(mode="json")
     changed = differences(earlier, config.model_dump(mode="json"))
-    keys = [key for key in changed if not {key, key.partition(".")[0]} & set(_FREE)]
+    keys = [key for key in changed if not {key, key.partition(".")[0]} & set(FREE)]
     if keys:
         remedy = f"use the same config ({folder.config}), or another --out"
         raise WaraErrors(

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from wara.config import RunConfig
+from wara.data.imageset import ImageSet
 from wara.data.loader import eval_batches
 from wara.evaluation.split import Split, evaluate_split
 from wara.runs.folder import RunFolder
@@ -30,8 +31,22 @@ def run_here(
     overwrite: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
+    opened: Callable[[RunConfig], ImageSet] | None = None,
+    watch: Callable[[Prepared, int], None] | None = None,
 ) -> Path:
-    """Be one process of a run, from its config to its folder; see `wara.training.start.run`."""
+    """Be one process of a run, from its config to its folder; see `wara.training.start.run`.
+
+    Args:
+        config: of the run.
+        rank: number of this process.
+        resume: see `run`, and so are the next three.
+        overwrite: see `run`.
+        dry_run: see `run`.
+        quiet: see `run`.
+        opened: see `prepare`.
+        watch: called with the run and the number of the epoch after each epoch; it may look at the
+            model, and must leave it as it is.
+    """
     silence_libraries()
     folder, first = RunFolder(config.folder), rank == 0
     with (
@@ -49,6 +64,7 @@ def run_here(
             config,
             report_dir=None if dry_run else folder.path.parent,
             confirm=functools.partial(check_config, folder) if again else lambda _: None,
+            opened=opened,
         )
         plan = describe(run)
         console.plan(plan.warnings(), plan.lines())
@@ -60,7 +76,7 @@ def run_here(
         else:
             record = Record(run, folder, console, tracking, first=first, resume=resume)
             with record.kept(overwrite=overwrite):
-                _train(run, record, stop)
+                _train(run, record, stop, watch)
                 stop.graceful = False
                 stop.check()
                 if first:
@@ -68,7 +84,12 @@ def run_here(
     return folder.path
 
 
-def _train(run: Prepared, record: Record, stop: StopSignals) -> None:
+def _train(
+    run: Prepared,
+    record: Record,
+    stop: StopSignals,
+    watch: Callable[[Prepared, int], None] | None,
+) -> None:
     last = record.begin()
     run.fill_trunk(record.console.say)
     # Here, and not above, for Lightning takes seconds to import and a plan needs none of it.
@@ -82,7 +103,7 @@ def _train(run: Prepared, record: Record, stop: StopSignals) -> None:
         progress=record.progress,
         identity=run.identity,
         synthetic=run.images.synthetic,
-        sinks=[record.epoch],
+        sinks=[record.epoch, *([lambda epoch, _: watch(run, epoch)] if watch else [])],
     )
     fit(
         run.model, run.recipe(), run.images, run.splits, run.backbone.spec,

@@ -177,6 +177,7 @@ def prepare(
     *,
     report_dir: Path | None,
     confirm: Callable[[RunConfig], None] = lambda config: None,
+    opened: Callable[[RunConfig], ImageSet] | None = None,
 ) -> Prepared:
     """Open the data, build the model, check every image.
 
@@ -185,6 +186,8 @@ def prepare(
         report_dir: where a long list of data faults is written, the only thing that is; None to
             write nothing.
         confirm: called with the config as it will train, before all images are read; may raise.
+        opened: returns the images of a config, which may have been read before; `open_images`
+            where there is nothing to share.
 
     Raises:
         WaraError: any refusal that can be known before training.
@@ -195,16 +198,7 @@ def prepare(
             "batch_size", "it counts the images of all devices together; choose a multiple",
         )  # fmt: skip
     device = pick_device(config)
-    images = sources.open_source(
-        config.dataset,
-        cache=config.data.cache,
-        offline=config.offline,
-        seed=config.data.split_seed,
-        images=config.data.images,
-        phantom_size=PHANTOM_SIDE,
-        modality=config.data.modality,
-    )
-    images.declare(config.data.bits, config.data.greys)
+    images = (opened or open_images)(config)
     losses.check_options(
         config.loss, images.card.task, smoothing=config.label_smoothing, monitor=config.monitor
     )
@@ -225,6 +219,8 @@ def prepare(
         test_fraction=config.data.test_fraction,
         seed=config.data.split_seed,
     )
+    if config.data.train_images is not None:
+        splits = gate.thin(images, splits, config.data.train_images, config.data.split_seed)
     notes = gate.check(images, splits, report_dir=report_dir)
     labels = [record.label for record in images.records]
     patients = [record.patient for record in images.records]
@@ -282,6 +278,25 @@ def _trunk_of(
     """Return depth of the trunk and shape of its tokens; no depth where nothing is to be cached."""
     depth = trunk_depth(model) if config.data.trunk == "cache" else 0
     return depth, check_trunk(model, depth, size) if depth else ()
+
+
+def open_images(config: RunConfig) -> ImageSet:
+    """Return the images of a config, none of them read yet.
+
+    Raises:
+        WaraError: kind "config" or "data", see `wara.data.sources.open_source`.
+    """
+    images = sources.open_source(
+        config.dataset,
+        cache=config.data.cache,
+        offline=config.offline,
+        seed=config.data.split_seed,
+        images=config.data.images,
+        phantom_size=PHANTOM_SIDE,
+        modality=config.data.modality,
+    )
+    images.declare(config.data.bits, config.data.greys)
+    return images
 
 
 def _model(config: RunConfig, images: ImageSet) -> tuple[nn.Module, BackboneInfo]:
