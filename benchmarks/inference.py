@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,19 +166,26 @@ def _draw(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+# A process begins with the peak of the one that forked it, so that a small one has to do that.
+_LAUNCH = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stderr=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def _call(bundle: str, files: list[Path], folder: Path) -> tuple[float, int]:
     """Return seconds and peak resident kilobytes of one call of `infer.py`."""
     listed = folder / "list.txt"
     listed.write_text("\n".join(map(str, files)) + "\n")
     words = [sys.executable, str(Path(bundle) / "infer.py"), f"@{listed}", "--quiet",
              "--out", str(folder / "rows.csv")]  # fmt: skip
-    start = time.perf_counter()
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(words)} ended with {status}")
-    return seconds, usage.ru_maxrss
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCH, *words], capture_output=True, text=True, check=True
+    )
+    seconds, kilobytes = done.stdout.split()
+    return float(seconds), int(kilobytes)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from training_helpers import make_images
 from wara import cli
 from wara.compare import cells as cells_module
 from wara.compare import worker
+from wara.config import load_config
 from wara.data.imageset import FileReader, ImageSet
 from wara.errors import WaraError
 from wara.training.signals import Stopped
@@ -99,6 +100,8 @@ def test_table_and_report_hold_what_the_runs_gave(whole: Whole) -> None:
         mean = sum(score["value"] for score in scores) / len(scores)
         assert float(found[label]["mean"]) == pytest.approx(mean, abs=1e-6)
         assert found[label]["runs"] == found[label]["runs_wanted"] == "2"
+    configs = [load_config(whole.out / r["folder"] / "config.yaml") for r in records]
+    assert {config.wandb.group for config in configs} == {whole.out.name}
     gap = float(found["wara"]["mean"]) - float(found["lora"]["mean"])
     assert float(found["wara"]["difference"]) == pytest.approx(gap, abs=2e-6)
     page = (whole.out / "report.html").read_text()

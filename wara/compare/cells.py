@@ -19,6 +19,7 @@ from wara.runs.provenance import versions
 from wara.storage import canonical_sha256, file_sha256, read_json, write_json
 from wara.training.resume import FREE, differences
 from wara.training.setup import Prepared
+from wara.training.tracking import settle
 
 _ELSEWHERE = {"compare", "deploy", "cli.py"}  # rooms that come after a run
 
@@ -82,8 +83,11 @@ def placed(cell: Cell, facts: Facts, out: Path) -> Cell:
     key = key_of(cell.config, facts)
     label = re.sub(r"[^A-Za-z0-9.]+", "-", cell.row.label).strip("-")
     name = f"{stem(cell.row.dataset)}_{label}_p{cell.split}_s{cell.seed}_{key[:8]}"
-    folder = str(out / "cells" / name)
-    return replace(cell, key=key, config=cell.config.model_copy(update={"out": folder}))
+    wandb = cell.config.wandb
+    # One comparison is one group of W&B, unless config or environment name another.
+    group = settle(wandb).group or out.resolve().name
+    changes = {"out": str(out / "cells" / name), "wandb": wandb.model_copy(update={"group": group})}
+    return replace(cell, key=key, config=cell.config.model_copy(update=changes))
 
 
 # -- finished cells ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class WandbRun:
         }
         self._places = {key: p for key, p in self._places.items() if key not in os.environ}
         os.environ.update({key: str(path) for key, path in self._places.items()})
+        if files:  # W&B names its files by the second, and would write over those of this one
+            time.sleep(1 - time.time() % 1)
         self._wandb = wandb
         self._run = wandb.init(
             id=run_id, resume="allow", project=tracking.project, entity=tracking.entity,
