@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class Ray:
         here: dict[str, Any] = {} if address else {"num_cpus": cores, "include_dashboard": False}
         try:
             ray.init(
-                address=address, log_to_driver=False, logging_level="ERROR",
+                address=address, log_to_driver=False, logging_level=logging.ERROR,
                 runtime_env=environment, **here,
             )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as error:
