@@ -100,7 +100,8 @@ def test_table_and_report_hold_what_the_runs_gave(whole: Whole) -> None:
         mean = sum(score["value"] for score in scores) / len(scores)
         assert float(found[label]["mean"]) == pytest.approx(mean, abs=1e-6)
         assert found[label]["runs"] == found[label]["runs_wanted"] == "2"
-    configs = [load_config(whole.out / r["folder"] / "config.yaml") for r in records]
+    folders = [whole.out / r["folder"] for r in records if r["folder"]]
+    configs = [load_config(folder / "config.yaml") for folder in folders]
     assert {config.wandb.group for config in configs} == {whole.out.name}
     gap = float(found["wara"]["mean"]) - float(found["lora"]["mean"])
     assert float(found["wara"]["difference"]) == pytest.approx(gap, abs=2e-6)

@@ -39,13 +39,8 @@ BYTE_CAP = 1 << 30
 FORMATS = ("PNG", "JPEG", "TIFF")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom")
 
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-INTERPOLATIONS = tuple(_RESAMPLING)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+_RESAMPLING = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 _CONVERT = "convert it to PNG, JPEG, TIFF or DICOM"
 _BITS = "declare bits in the card or data.bits (12 for most detectors), or convert it to 8 bits"
 _NO_IMAGES = (
