@@ -56,7 +56,7 @@ def config_of(
                 "img_size": args.size,
             },
             "adapter": adapter or {"method": args.method, "blocks": args.blocks},
-            "amp": args.amp, "bootstrap": 0, "offline": "error", "wandb": "off",
+            "amp": args.amp, "bootstrap": 0, "offline": "error", "wandb": {"mode": "disabled"},
             "warmup_epochs": 0.0, "data": data,
         }
     )  # fmt: skip

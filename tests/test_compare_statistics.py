@@ -264,8 +264,7 @@ def test_intervals_hold_the_truth():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed_sd", [0.1, 0.2, 0.3])
-@pytest.mark.parametrize("seeds", [3, 4, 5])
+@pytest.mark.parametrize(("seeds", "seed_sd"), [(3, 0.2), (4, 0.3), (5, 0.1)])
 def test_intervals_hold_the_truth_for_few_and_more_seeds(seeds, seed_sd):
     hold_the_truth(THOROUGH, seeds=seeds, seed_sd=seed_sd)
 
