@@ -20,12 +20,11 @@ from paper_tools import figure, write_figure, write_result
 from torch import Tensor
 
 from wara.adapters import singular_values, subband_energy
-from wara.data import sources
 from wara.errors import WaraError
 from wara.evaluation import canvas, plots
 from wara.images import to_tensor
 from wara.runs import Run, load_run
-from wara.training.setup import PHANTOM_SIDE
+from wara.training.setup import open_images
 
 
 def run_images(run: Run, count: int) -> Tensor:
@@ -35,14 +34,7 @@ def run_images(run: Run, count: int) -> Tensor:
         WaraError: kind `data` when an image is gone or is not the one of the run.
     """
     config, spec = run.config, run.spec
-    images = sources.open_source(
-        config.dataset,
-        cache=config.data.cache,
-        offline=config.offline,
-        seed=config.data.split_seed,
-        images=config.data.images,
-        phantom_size=PHANTOM_SIDE,
-    )
+    images = open_images(config)
     rows = [row for row in run.splits() if row.split == "test"][:count]
     places = {record.file: i for i, record in enumerate(images.records)}
     found = []

@@ -201,6 +201,7 @@ def _header(data: bytes) -> Dataset:
     from pydicom.uid import UID
     from pydicom.valuerep import DA, TM
 
+    # `force`: the image was predicted, so it is DICOM; the preamble may be missing.
     header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True, force=True)
     for keyword in _UIDS:
         if not UID(str(header.get(keyword) or "")).is_valid:
