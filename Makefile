@@ -3,6 +3,7 @@
 #   make train CFG=chest_xray_lora.yaml ARGS="--set seed=1"
 #   make test                         tests, linter, types
 #   make slow                         the tests that take longer
+#   make test-faults                  kills, damage and bad images, many of each kind
 
 PYTHON ?= python3
 CFG ?= fundus_wara.yaml
@@ -14,7 +15,7 @@ READY := .venv/.installed
 # Two processes with one thread each use two cores better than one process with two.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: train test slow lint lock clean
+.PHONY: train test slow test-faults lint lock clean
 
 # A second `make train` is meant to train again, so it replaces the run folder of the first.
 train: $(READY)
@@ -26,6 +27,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(PYTEST) -m slow
+
+test-faults: $(READY)
+	$(PYTEST) tests/faults -m "slow or not slow" --faults full
 
 lint: $(READY)
 	$(BIN)/ruff check .
