@@ -252,6 +252,28 @@ def test_stopped_and_started_again_gives_the_same_table(
     assert tables(tmp_path / "out") == tables(whole.out)
 
 
+def test_the_table_is_one_run_of_the_group_in_wandb(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    out = Path(shutil.copytree(whole.out, tmp_path / "again"))
+    for _ in range(2):
+        assert compare(whole.config, out, "--set", "wandb.mode=offline") == 0
+    files = list(out.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({path.name for path in files}) == 1
+    for path in files:
+        (shown,) = path.parent.glob("files/media/table/comparison_*.table.json")
+        table = json.loads(shown.read_text())
+        found = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        wanted = list(rows(out).values())
+        assert [row["row"] for row in found] == [row["row"] for row in wanted]
+        assert [row["mean"] for row in found] == [row["mean"] for row in wanted]
+        # The images are somebody's own: neither the name of their folder nor a path is told.
+        assert {row["dataset"] for row in found} == {"local"} and "reason" not in table["columns"]
+        assert str(whole.config.parent) not in shown.read_text()
+
+
 @pytest.mark.slow
 def test_killed_at_five_random_moments_gives_the_same_table(whole: Whole, tmp_path: Path) -> None:
     out, clock = tmp_path / "out", random.Random()

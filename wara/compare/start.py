@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from wara.compare import cells, report, tables
+from wara.compare import cells, report, shown, tables
 from wara.compare.board import Board, span
 from wara.compare.checks import Checked, Sized, check
 from wara.compare.grid import MAJORITY, Cell, Request, cells_of, rows_of, with_rates
@@ -23,7 +23,7 @@ from wara.config import RunConfig
 from wara.errors import WaraError
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress
-from wara.runs.report import cell as shown
+from wara.runs.report import cell as in_words
 from wara.storage import read_json, write_json
 
 _RECORD, _LOCK = "compare.json", ".lock"
@@ -81,6 +81,7 @@ def compare(
             request, checked, [(w.sized, w.cell) for w in placed], failed, trials
         )
         report.write(request, checked, results)
+        shown.show(request, results)
     _tell(request, results)
     return request.out
 
@@ -244,7 +245,7 @@ def _score(request: Request, cell: Cell, outcome: Outcome) -> str:
     if outcome["status"] == "failed":
         return "failed"
     metrics = json.loads((cell.config.folder / "metrics.json").read_text())
-    return f"test {request.metric} {shown(metrics['test'].get(request.metric))}"
+    return f"test {request.metric} {in_words(metrics['test'].get(request.metric))}"
 
 
 def _tell(request: Request, results: Results) -> None:

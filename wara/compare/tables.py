@@ -26,7 +26,7 @@ COLUMNS = (
 
 def write_tables(request: Request, results: Results, out: Path) -> None:
     """Write `table.csv`, `table.md`, `table.tex`, `costs.csv` and `cells.jsonl`."""
-    write_csv(out / "table.csv", COLUMNS, [_csv_row(request, line) for line in results.lines])
+    write_csv(out / "table.csv", *csv_rows(request, results))
     head, *rows = cells_of_table(request, results.lines)
     write_text(out / "table.md", as_markdown_table(Table(head, rows)))
     write_text(out / "table.tex", _latex(head, rows))
@@ -37,6 +37,11 @@ def write_tables(request: Request, results: Results, out: Path) -> None:
     write_csv(out / "costs.csv", ("dataset", "row", "seconds_per_epoch", "peak_memory_mb"), costs)
     text = "\n".join(json.dumps(record, allow_nan=False) for record in results.records)
     write_text(out / "cells.jsonl", text)
+
+
+def csv_rows(request: Request, results: Results) -> tuple[Sequence[str], list[list[Any]]]:
+    """Return the columns of `table.csv` and its lines."""
+    return COLUMNS, [_csv_row(request, line) for line in results.lines]
 
 
 def _csv_row(request: Request, line: Line) -> list[Any]:

@@ -79,6 +79,7 @@ class Sinks:
         name: str,
         config: dict[str, Any],
         tensorboard: bool,
+        kind: str | None = None,
     ) -> None:
         """Start what was asked for.
 
@@ -89,6 +90,7 @@ class Sinks:
             name: what W&B calls it.
             config: what W&B shows as the config, see `public_config`.
             tensorboard: whether to write TensorBoard files.
+            kind: what sort of run W&B calls it; None for a training.
 
         Raises:
             WaraError: kind "config", when something asked for is not installed or not logged in.
@@ -98,7 +100,7 @@ class Sinks:
         if tracking.mode != "disabled":
             with self._forgiving():
                 self.wandb = WandbRun(
-                    tracking, run_id=run_id, name=name, folder=folder, config=config
+                    tracking, run_id=run_id, name=name, folder=folder, config=config, kind=kind
                 )
                 if self.wandb.note:
                     self.say(f"note: {self.wandb.note}")
@@ -136,6 +138,12 @@ class Sinks:
             self.wandb.results(summary=summary, **shown)
             if images:
                 self.wandb.images(images)
+
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Send a table to W&B."""
+        if self.wandb is not None:
+            with self._forgiving():
+                self.wandb.table(key, columns, rows)
 
     def close(self, exit_code: int) -> None:
         """End all of them."""

@@ -35,6 +35,7 @@ class WandbRun:
         name: name of the run.
         folder: where `wandb/` goes.
         config: what to show as the run's config.
+        kind: what sort of run it is, W&B's `job_type`; None for a training.
 
     Raises:
         WaraError: kind "config", when `online` is asked for and W&B does not know who sends.
@@ -42,7 +43,14 @@ class WandbRun:
     """
 
     def __init__(
-        self, tracking: Tracking, *, run_id: str, name: str, folder: Path, config: dict[str, Any]
+        self,
+        tracking: Tracking,
+        *,
+        run_id: str,
+        name: str,
+        folder: Path,
+        config: dict[str, Any],
+        kind: str | None = None,
     ) -> None:
         import wandb
 
@@ -62,7 +70,7 @@ class WandbRun:
         self._run = wandb.init(
             id=run_id, resume="allow", project=tracking.project, entity=tracking.entity,
             group=tracking.group, tags=tracking.tags, notes=tracking.notes, name=name,
-            dir=str(folder), config=config, settings=_settings(mode),
+            job_type=kind, dir=str(folder), config=config, settings=_settings(mode),
         )  # fmt: skip
         self._defined: set[str] = set()
         if mode == "online":
@@ -131,6 +139,12 @@ class WandbRun:
         for path in sorted(adapter.iterdir()):
             artifact.add_file(str(path))
         self._run.log_artifact(artifact)
+
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table, all rows of it."""
+        data = [list(row) for row in rows]
+        self._run.log({key: self._wandb.Table(columns=list(columns), data=data,
+                                              allow_mixed_types=True)})  # fmt: skip
 
     def images(self, pictures: Sequence[tuple[NDArray[np.uint8], str]]) -> None:
         """Log test images with captions; only called when the config asks for it."""
