@@ -4,11 +4,11 @@
     wara compare --cfg bands/bands.yaml --methods lora,wara --seeds 3 --budget lora_r1 --out OUT
 
 Every image is a mosaic of two textures, one per patch of the backbone's grid. Which of the two a
-patch shows is a pattern of signs, and only its arrangement tells the class: patches alternate from
-row to row (`rows`), from column to column (`columns`), like a checkerboard (`checks`), or not at all
-(`blobs`: the signs of a coarse random field). For Haar these are the bands LH, HL, HH and LL of one
-level. The textures are drawn anew for each image, a share of the patches shows the other one, and
-each class has both in equal shares, so that no patch by itself says anything.
+patch shows is a pattern of signs, and only its arrangement tells the class: patches alternate
+from row to row (`rows`), from column to column (`columns`), like a checkerboard (`checks`), or
+not at all (`blobs`: the signs of a coarse random field). For Haar these are the bands LH, HL, HH
+and LL of one level. The textures are drawn anew for each image, a share of the patches shows the
+other one, and each class has both in equal shares, so that no patch by itself says anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Forms of WaRA and Tiny-WaRA that were tried, as methods of one's own; docs/evidence.md has the numbers.
+"""Forms of WaRA and Tiny-WaRA that were tried, as methods of one's own; see docs/evidence.md.
 
     PYTHONPATH=benchmarks wara compare --cfg CFG --methods lora,wara,forms:Scatter,… --out OUT
 
@@ -204,7 +204,7 @@ class Full(WaRA):
 
 
 class SparseBandLayer(TokenDomainLayer):
-    """`ĉ_s = ΔW_s c_s` with `ΔW_s = IDWT2(C_s)` of `k` coefficients for each subband and row group."""
+    """`ĉ_s = ΔW_s c_s`, `ΔW_s = IDWT2(C_s)` of `k` coefficients per subband and row group."""
 
     def __init__(
         self, target: Target, tokens: Tokens, *, count: int, scale: float, seed: int
