@@ -233,6 +233,14 @@ def test_planned_designs_are_those_designs(splits):
         assert then.error < 0.97 * now.error
 
 
+def test_an_error_has_about_as_many_degrees_of_freedom_as_its_seeds():
+    # Resamples move three seeds against each other: the mean moves less than the noise taken off.
+    found = Spread(-0.002, 5e-6, (Square(2e-5, 3e-5, 2),), None, (50, 1, 3.0))
+    assert found.error == pytest.approx(2e-5**0.5)
+    assert found.df == pytest.approx(1 / (1 / 2 + 0.25**2 / 49), rel=1e-3)
+    assert found.reach(0.05) < 4.4
+
+
 def test_holm():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
         {"a": 0.03, "c": 0.06, "b": 0.06}

@@ -16,11 +16,14 @@ freedom are those of Hillis (2007), Satterthwaite's for these mean squares. Resa
 seeds instead would give an interval that is too short: the variance of a resampled mean of S seeds
 is (S - 1) / S of the true one, and no percentile reaches beyond the seeds that were seen.
 
-A part that comes out below 0 by chance counts as 0: leaving it negative made intervals too short
-in simulation (88 to 95 %). The price is that differences between methods whose seeds hardly differ
-get intervals that are a little long. With only two seeds, or two splits, that differ by more than
-patients do, 95 % intervals hold the truth in 90 to 93 %; three are enough. Training sets of splits
-that overlap share more than this sees: it speaks of splits of such data, not of other hospitals.
+A part that comes out below 0 by chance counts as 0: leaving it negative made intervals too short in
+simulation (88 to 95 %). Where resamples of the patients move the seeds against each other, so that
+their mean moves less than the noise taken off, the variance is the mean square itself, as in
+Obuchowski and Rockette; a smaller one would have fewer degrees of freedom than there are seeds. The
+price is that differences between methods whose seeds hardly differ get intervals that are a little
+long. With only two seeds, or two splits, that differ by more than patients do, 95 % intervals hold
+the truth in 90 to 93 %; three are enough. Training sets of splits that overlap share more than this
+sees: it speaks of splits of such data, not of other hospitals.
 """
 
 from __future__ import annotations
@@ -87,16 +90,21 @@ class Spread:
         return max(0.0, sum(square.net for square in self.seeds))
 
     @property
+    def _squares(self) -> tuple[Square, ...]:
+        """The squares that say how much training varies."""
+        return (self.splits,) if self.by_split and self.splits else self.seeds
+
+    @property
     def error(self) -> float:
         """Standard error of the value."""
         training = max(self._net_seeds, self.splits.net if self.splits else 0.0)
-        return math.sqrt(self.patients + training)
+        seen = sum(square.total for square in self._squares)
+        return math.sqrt(max(self.patients + training, seen))
 
     @property
     def df(self) -> float:
         """Degrees of freedom of the error."""
-        squares = (self.splits,) if self.by_split and self.splits else self.seeds
-        parts = [(square.total, square.df) for square in squares]
+        parts = [(square.total, square.df) for square in self._squares]
         parts.append((self.patients, self.design[0] - 1.0))
         noise = sum(total**2 / df for total, df in parts)
         return self.error**4 / noise if noise > 0 else math.inf
