@@ -96,7 +96,9 @@ def _of_dataset(request: Request, checked: Checked, results: Results, name: str)
     for line, row in zip(lines, rows, strict=True):
         costs = [_number(line.median(key), form) for key, form in
                  (("seconds_per_epoch", ".1f"), ("peak_memory_mb", ".0f"))]  # fmt: skip
-        rows_.append([_linked(line, row[0]), *row[1:], *costs])
+        # What would decide an undecided one stands in the sentences above.
+        last = [line.difference.verdict or "-"] if line.difference is not None else row[-1:]
+        rows_.append([_linked(line, row[0]), *row[1:-1], *last, *costs])
     yield Table([*head, "s per epoch", "peak MB"], rows_)
     yield Text(
         "Seconds and memory are medians over the runs of a row, on the machine that ran them.",
@@ -181,6 +183,8 @@ def _over_datasets(request: Request, checked: Checked, results: Results) -> Iter
         gap = pooled.reason or ""
         if pooled.value is not None:
             gap = with_interval(pooled.value, pooled.low, pooled.high, "+")
+        elif not any(found.values()):
+            gap = "not tested"
         if any(per[name][label].sized.row.method == request.reference for name in per):
             gap = "reference"
         rows.append([label, f"{rank:.2f}", gap])

@@ -175,7 +175,7 @@ _STYLE = """
 :root { color-scheme: light; }
 body { margin: 0; background: #f3f5f7; color: #1c2733;
        font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 2.5rem 3rem; background: #fff; }
+main { max-width: 76rem; margin: 0 auto; padding: 2rem 2.5rem 3rem; background: #fff; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .9rem; border-top: 1px solid #dde3e9; }
 p { margin: .5rem 0; max-width: 52rem; }
@@ -188,8 +188,8 @@ p { margin: .5rem 0; max-width: 52rem; }
 .tiles span, .tiles em { display: block; font-size: .84rem; color: #47545f; font-style: normal; }
 .tiles strong { display: block; font-size: 1.75rem; line-height: 1.3; color: #0a5a94; }
 .table { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .8rem; text-align: left; border-bottom: 1px solid #e3e8ed;
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .5rem; text-align: left; border-bottom: 1px solid #e3e8ed;
          vertical-align: top; }
 thead th { background: #eef1f4; white-space: nowrap; }
 tbody th { font-weight: 500; }
