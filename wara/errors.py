@@ -20,7 +20,7 @@ EXIT_CODES = {
 }
 LONGEST = 6000
 """Characters of a part of a refusal that are shown; a path has at most 4096."""
-_CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
 

@@ -266,7 +266,7 @@ def read_bytes(path: str | Path) -> bytes:
             if len(data := stream.read(size + 1)) == size:
                 return data
         raise WaraError("data", "it changed while it was read", str(path), "wait until it is whole")
-    except NotRegular:
+    except (NotRegular, IsADirectoryError):
         raise WaraError("data", "not a regular file", str(path), "give the file itself") from None
     except FileNotFoundError:
         remedy = "correct the name or copy the file there"

@@ -106,6 +106,14 @@ def _card_of_words(
     if numbers != names and all(re.fullmatch(r"[+-]?\d+", number) for number in numbers):
         notes.append(f"numbers such as {min(names - numbers)} in column {column} are whole ones")
         names = numbers
+    formulas = sorted(name for name in names if name.startswith("="))
+    if formulas:
+        raise WaraError(
+            "data",
+            f"label '{formulas[0]}' is a formula",
+            str(sheet.path),
+            "save the table with values in the place of formulas",
+        )
     measured = sorted(name for name in names if _DECIMAL.fullmatch(name))
     if measured and all(_DECIMAL.fullmatch(name) or name.isdecimal() for name in names):
         raise WaraError(

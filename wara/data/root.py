@@ -68,13 +68,14 @@ class Root:
         if self.holds(path):
             return None
         folder = self._wider or self._own[-1]
-        return f"'{name}' leads out of the folder of the data set, {folder}", REMEDY
+        return f"'{name}' leads out of {folder}", REMEDY
 
     def notes(self) -> list[str]:
         """Return the note on what lies elsewhere; none where nothing does."""
         if not self._outside:
             return []
-        return [f"{len(self._outside)} files lie outside of the data set, below {self._wider}"]
+        what = "names lead out of the data set, to places below"
+        return [f"{len(self._outside)} {what} {self._wider} (data.root)"]
 
 
 def find_folder(base: Path, name: str, known: dict[Path, Path]) -> Path:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from wara.deploy.contents import check_manifest
 from wara.errors import WaraError
-from wara.storage import file_sha256, parse_json, read_regular
+from wara.storage import NotRegular, file_sha256, parse_json, read_regular
 
 FORMAT, VERSION = "wara-bundle", 1
 MANIFEST = "manifest.json"
@@ -128,6 +128,8 @@ def readable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except NotRegular as error:
+        raise WaraError("artefact", "no regular file", str(error.filename), _AGAIN) from error
     except OSError as error:
         what = f"cannot be read: {error.strerror or type(error).__name__}"
         remedy = f"let it be read: chmod -R a+rX '{folder}'"
