@@ -18,6 +18,9 @@ EXIT_CODES = {
     "resources": 7,
     "busy": 8,
 }
+LONGEST = 6000
+"""Characters of a part of a refusal that are shown; a path has at most 4096."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
 
@@ -45,8 +48,15 @@ class WaraError(Exception):
 
     def __str__(self) -> str:
         """Return the one line that is printed."""
-        parts = [part for part in (self.what, self.where, self.remedy) if part]
+        parts = [_one_line(part) for part in (self.what, self.where, self.remedy) if part]
         return f"error[{self.kind}]: " + "; ".join(parts)
+
+
+def _one_line(text: str) -> str:
+    """Return a text without line breaks and control characters, which cells and names may hold."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 4 :]}"
+    return _CONTROLS.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 class WaraErrors(WaraError):

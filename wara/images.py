@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import stat
 import struct
 import sys
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from PIL import Image, ImageOps
 
 from wara.dicom import DicomPicture, is_dicom, scale
 from wara.errors import WaraError, suggest
+from wara.storage import NotRegular, open_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -258,13 +258,16 @@ def read_bytes(path: str | Path) -> bytes:
         WaraError: kind "data" when the file is missing, not readable or too large.
     """
     try:
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
-            raise WaraError("data", "not a regular file", str(path), "give the file itself")
-        if status.st_size > BYTE_CAP:
-            what = f"file of {status.st_size / 2**20:.0f} MiB; the limit is {BYTE_CAP / 2**20:.0f}"
-            raise WaraError("data", what, str(path), "export the image at a smaller size")
-        return Path(path).read_bytes()
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > BYTE_CAP:
+                what = f"file of {size / 2**20:.0f} MiB; the limit is {BYTE_CAP / 2**20:.0f}"
+                raise WaraError("data", what, str(path), "export the image at a smaller size")
+            if len(data := stream.read(size + 1)) == size:
+                return data
+        raise WaraError("data", "it changed while it was read", str(path), "wait until it is whole")
+    except (NotRegular, IsADirectoryError):
+        raise WaraError("data", "not a regular file", str(path), "give the file itself") from None
     except FileNotFoundError:
         remedy = "correct the name or copy the file there"
         raise WaraError("data", "no such file", str(path), remedy) from None

@@ -28,6 +28,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from wara.errors import WaraError, suggest
+from wara.storage import read_regular
 
 KeyPath = tuple[str, ...]
 Origin = Mapping[KeyPath, str]
@@ -108,7 +109,7 @@ def read_yaml(path: Path, noun: str, remedy: str) -> tuple[dict[str, Any], dict[
         WaraError: kind "config" when it cannot be read, is no YAML or no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise WaraError("config", f"cannot read the {noun}: {reason}", str(path)) from error

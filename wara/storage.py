@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +57,46 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+class NotRegular(OSError):
+    """What was to be read is a pipe, a socket or a device."""
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """Open a file to read it. A pipe is never waited for, a device never read.
+
+    Raises:
+        NotRegular: for a pipe, a socket or a device.
+        OSError: as `open` does, also for a folder.
+    """
+    # Asked before it is opened, for opening a device may do something; asked again of what was
+    # opened, for another file may have come in its place. Opening a pipe without O_NONBLOCK would
+    # wait for somebody to write into it.
+    _check_regular(os.stat(path), path)
+    flags = os.O_RDONLY
+    for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, name, 0)  # no system has all of them
+    handle = os.open(path, flags)
+    try:
+        _check_regular(os.fstat(handle), path)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(status: os.stat_result, path: str | Path) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise NotRegular(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_regular(path: str | Path) -> bytes:
+    """Return the content of a file; raises as `open_regular`."""
+    with open_regular(path) as stream:
+        return stream.read()
 
 
 def sync_folder(folder: Path) -> None:
@@ -237,7 +279,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `ValueError` when it is none, see `parse_json`."""
-    return parse_json(path.read_bytes())
+    return parse_json(read_regular(path))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -257,7 +299,7 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """
     remedy = "bring back the file as it was written"
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
             columns, rows = list(reader.fieldnames or []), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -275,7 +317,7 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

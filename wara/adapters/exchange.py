@@ -33,7 +33,7 @@ from wara.adapters.targets import (
     is_pattern,
 )
 from wara.errors import WaraError
-from wara.storage import parse_json, replacing_folder
+from wara.storage import parse_json, read_regular, replacing_folder
 from wara.vit import classifier_names, plain_name, unwrap
 
 PREFIX = "base_model.model."
@@ -110,7 +110,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise _refuse(f"no {name} in the PEFT folder", folder, remedy)
     try:
-        config = parse_json((folder / CONFIG_FILE).read_bytes())
+        config = parse_json(read_regular(folder / CONFIG_FILE))
     except (OSError, ValueError) as error:
         raise _refuse("not valid JSON", folder / CONFIG_FILE, remedy) from error
     kind = config.get("peft_type")
@@ -125,7 +125,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         what = f"the adapter was made with {', '.join(odd)}, which has no counterpart here"
         raise _refuse(what, folder / CONFIG_FILE, "merge it with PEFT and load the merged weights")
     try:
-        state = load((folder / WEIGHTS_FILE).read_bytes())
+        state = load(read_regular(folder / WEIGHTS_FILE))
     except SafetensorError as error:
         remedy = "copy the folder again; the file is damaged"
         raise _refuse(str(error), folder / WEIGHTS_FILE, remedy) from error

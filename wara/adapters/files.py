@@ -33,7 +33,13 @@ from wara.adapters.state import (
 )
 from wara.errors import WaraError
 from wara.schema import Section, faults_of
-from wara.storage import canonical_sha256, parse_json, replacing_folder
+from wara.storage import (
+    canonical_sha256,
+    open_regular,
+    parse_json,
+    read_regular,
+    replacing_folder,
+)
 from wara.vit import BackboneInfo, classifiers, unwrap
 
 CONFIG_FILE = "adapter_config.json"
@@ -183,7 +189,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
             raise WaraError("artefact", f"no {name} in the adapter folder", str(folder), AS_WRITTEN)
     path = folder / CONFIG_FILE
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             data = stream.read(MOST_JSON + 1)
     except OSError as error:
         what = f"cannot read: {error.strerror}"
@@ -223,7 +229,7 @@ def _read_tensors(folder: Path, wanted: str) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     remedy = "copy the adapter folder again; the file is damaged"
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise WaraError("artefact", f"cannot read: {error.strerror}", str(path), remedy) from error
     if hashlib.sha256(data).hexdigest() != wanted:

@@ -77,5 +77,6 @@ def _given(path: Path, named: Named) -> Path:
         return inside[0]
     if not path.is_file():
         remedy = "give the path of a .safetensors or .pth file"
-        raise WaraError("data", "no such weights file", f"backbone.weights={path}", remedy)
+        what = "the weights are no regular file" if path.exists() else "no such weights file"
+        raise WaraError("data", what, f"backbone.weights={path}", remedy)
     return path

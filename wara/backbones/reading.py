@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wara.errors import WaraError
+from wara.storage import open_regular
 
 _ORIGINAL = "copy the file again from its origin"
 _STATE = "ask its maker for the state dict alone, as .safetensors"
@@ -111,7 +112,7 @@ def read_checkpoint(path: Path) -> Any:
         WaraError: kind `artefact` for a file that is damaged, of another kind, or names code.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(32)
     except OSError as error:
         reason = error.strerror or str(error)

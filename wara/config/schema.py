@@ -98,6 +98,11 @@ class DataConfig(Section):
     """How images are found, split and augmented."""
 
     cache: str | None = Field(None, description="Folder of downloaded data; null: ~/.cache/wara.")
+    root: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder that images may lie below, links followed; null: the data set's own.",
+    )
     images: int | None = Field(
         None, ge=1, description="Phantom images drawn in total; null: what the card says."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from wara.cards import Card, ClassInfo, CsvSource, FolderSource, Modality
-from wara.data.words import means_nothing
+from wara.data.words import means_nothing, plain, quoted
 from wara.errors import WaraError
 
 SPLIT_WORDS = {
@@ -23,6 +24,24 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
+
+
+def split_of(word: str) -> str | None:
+    """Return the split that a word of a table or the name of a folder means, None for no word."""
+    return SPLIT_WORDS.get(plain(word).lower())
+
+
+def split_note(words: Iterable[str], what: str) -> list[str]:
+    """Return the note on words that mean a split and are not its own; none when there are none.
+
+    Args:
+        words: of all rows or folders.
+        what: what is counted, such as `rows`.
+    """
+    counts = Counter(word for word in words if word and split_of(word) not in (None, word))
+    read = (f"{quoted(word)[0]} is {split_of(word)}" for word in counts)
+    listed = ", ".join(f"{one} ({n} {what})" for one, n in zip(read, counts.values(), strict=True))
+    return [f"words for splits: {listed}"] if listed else []
 
 
 def sorted_classes(names: Iterable[str]) -> list[str]:
@@ -49,11 +68,11 @@ def check_names(path: Path, names: Sequence[str], remedy: str) -> None:
             )
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(" ".join(name.casefold().split()), name)
+        other = seen.setdefault(plain(name).casefold(), name)
         if other != name:
             raise WaraError(
                 "data",
-                f"classes '{other}' and '{name}' differ in capitals or spaces only",
+                f"classes {' and '.join(quoted(other, name))} differ in capitals or spaces only",
                 str(path),
                 "write them alike, or say in a card what they are",
             )

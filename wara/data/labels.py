@@ -11,7 +11,7 @@ from typing import NamedTuple
 from wara.cards import Card, CsvSource, Modality
 from wara.data.infer import check_names, inferred_card, inferred_note, sorted_classes
 from wara.data.sheets import Row, Sheet
-from wara.data.words import NO, ONES, YES, ZEROS, means_nothing, whole
+from wara.data.words import NO, ONES, YES, ZEROS, means_nothing, nfc, whole
 from wara.errors import WaraError, suggest
 
 Label = int | tuple[int, ...]
@@ -106,6 +106,14 @@ def _card_of_words(
     if numbers != names and all(re.fullmatch(r"[+-]?\d+", number) for number in numbers):
         notes.append(f"numbers such as {min(names - numbers)} in column {column} are whole ones")
         names = numbers
+    formulas = sorted(name for name in names if name.startswith("="))
+    if formulas:
+        raise WaraError(
+            "data",
+            f"label '{formulas[0]}' is a formula",
+            str(sheet.path),
+            "save the table with values in the place of formulas",
+        )
     measured = sorted(name for name in names if _DECIMAL.fullmatch(name))
     if measured and all(_DECIMAL.fullmatch(name) or name.isdecimal() for name in names):
         raise WaraError(
@@ -166,6 +174,8 @@ def _class_of(card: Card, word: str) -> int | None:
     for known in (word, whole(word)):
         if known in card.class_index:
             return card.class_index[known]
+    if not word.isascii():
+        return {nfc(name): index for name, index in card.class_index.items()}.get(nfc(word))
     number = whole(word)
     if number.isdecimal() and not any(name.isdecimal() for name in card.class_index):
         # A number where no class is called by one: the index, in the card's order.

@@ -23,7 +23,7 @@ from wara.data.imageset import ArrayReader, ImageSet, Record
 from wara.data.splits import SPLITS
 from wara.errors import WaraError, suggest
 from wara.net import reachable
-from wara.storage import replacing
+from wara.storage import open_regular, replacing
 
 # Arrays above this many bytes are mapped, not loaded: ChestMNIST at 224 px is 5.6 GB.
 MAP_ABOVE = 1 << 30
@@ -135,7 +135,7 @@ def _fetch(info: dict[str, Any], source: MedMNISTSource, path: Path) -> Path:
 
 
 def _verify(path: Path, expected: str) -> None:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != expected:
         raise WaraError(

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wara.data.litter import made_by
+from wara.data.root import Root, find_folder
 from wara.data.sheets import OWN_COLUMNS, Sheet
 from wara.data.walk import is_image, says_image
+from wara.data.words import nfc
 from wara.errors import WaraError, suggest
 
 
@@ -22,13 +24,15 @@ class Places:
         column: column that names the images.
         files: path relative to the table, as records and predictions have it.
         paths: the file; also where it is missing, so that the gate names it.
-        problems: row -> (what, remedy) where several files would fit.
+        real: where it leads in the end, the same for all names of one file.
+        problems: row -> (what, remedy) where several files would fit, or one that must not be read.
         notes: what was found out.
     """
 
     column: str
     files: list[str]
     paths: list[Path]
+    real: list[str]
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -39,6 +43,7 @@ class _Shelf:
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
         self._listed: dict[Path, dict[str, list[Path]]] = {}
+        self._places: dict[Path, Path] = {}
         self._found: dict[str, tuple[list[Path], str]] = {}
 
     def find(self, cell: str) -> tuple[list[Path], str]:
@@ -51,24 +56,30 @@ class _Shelf:
         for how, name in (("", cell), ("slash", cell.replace("\\", "/"))):
             if not name or (how and name == cell):
                 continue
-            whole = [folder / name for folder in self.folders]
-            found = [path for path in whole if path in self._files(path.parent).get(path.name, [])]
+            last = Path(name).name
+            within = [find_folder(folder, name, self._places) for folder in self.folders]
+            found = [path for folder in within for path in self._named(folder, last)]
             if found:
                 return found, how
             if says_image(name):
                 continue  # it names one file, and that one is missing
             found = [
                 other
-                for path in whole
-                for other in self._files(path.parent).get(f"{path.name}.*", [])
+                for folder in within
+                for other in self._files(folder).get(f"{nfc(last)}.*", [])
                 if _may_be_meant(other)
             ]
             if found:
                 return found, how or "ending"
         return [], ""
 
+    def _named(self, folder: Path, name: str) -> list[Path]:
+        """Return the file of that name; else those whose name is the same text in another form."""
+        files = self._files(folder).get(nfc(name), [])
+        return [path for path in files if path.name == name] or files
+
     def _files(self, folder: Path) -> dict[str, list[Path]]:
-        """Return the files of a folder by name, and by name without ending as `name.*`."""
+        """Return the files of a folder by name in NFC, and by name without ending as `name.*`."""
         if folder not in self._listed:
             listed: dict[str, list[Path]] = {}
             try:
@@ -77,11 +88,11 @@ class _Shelf:
             except OSError:
                 names = []  # no such folder: no file in it, which the gate tells of every row
             for name in names:
-                listed[name] = [folder / name]
+                listed.setdefault(nfc(name), []).append(folder / name)
             for name in names:
                 stem = name.rpartition(".")[0]
                 if stem:
-                    listed.setdefault(f"{stem}.*", []).append(folder / name)
+                    listed.setdefault(f"{nfc(stem)}.*", []).append(folder / name)
             self._listed[folder] = listed
         return self._listed[folder]
 
@@ -97,7 +108,12 @@ def _may_be_meant(path: Path) -> bool:
 
 
 def find_images(
-    sheet: Sheet, *, declared: str | None, folder: str | None, others: Sequence[str]
+    sheet: Sheet,
+    *,
+    declared: str | None,
+    folder: str | None,
+    others: Sequence[str],
+    within: str | Path | None = None,
 ) -> Places:
     """Find the column that names the images, and their files.
 
@@ -109,10 +125,13 @@ def find_images(
         declared: column that the card names, if it does.
         folder: where the images lie, relative to the table; `*` stands for any name.
         others: columns that are known to be something else.
+        within: folder that images may lie in besides that of the table and the declared one.
 
     Raises:
-        WaraError: kind "data" when there is no such column or folder.
+        WaraError: kind "data" when there is no such column or folder, "config" when `within` is
+            no folder.
     """
+    root = Root([sheet.path.parent, *([_fixed(sheet.path, folder)] if folder else [])], within)
     folders = _folders(sheet.path, folder)
     shelf = _Shelf(folders)
     column, notes = declared or ("file" if "file" in sheet.header else None), []
@@ -125,36 +144,52 @@ def find_images(
         )
     files: list[str] = []
     paths: list[Path] = []
+    real: list[str] = []
     problems: dict[int, tuple[str, str]] = {}
     ways: Counter[str] = Counter()
     for index, row in enumerate(sheet.rows):
         cell = row[column]
         found, how = shelf.find(cell)
-        if len(found) > 1:
+        path = found[0] if found else folders[0] / cell
+        leaves = root.problem(path, cell)
+        if leaves is not None:
+            problems[index] = leaves
+        elif len(found) > 1:
             listed = ", ".join(_shown(path, sheet.path.parent) for path in found[:3])
             problems[index] = (f"'{cell}' may be {listed}", "write the name with its ending")
         elif not found and len(folders) > 1:
             problems[index] = (f"no image '{cell}' in {folder}", "correct the name or the folder")
-        elif not found and cell and (folders[0] / cell).exists():
-            # Reading a pipe would wait for ever.
+        elif not found and cell and os.path.lexists(path):
+            # A pipe, a device, a folder, or a link to nothing.
             problems[index] = (f"'{cell}' is no file", "name the file of the image")
         ways[how] += 1
-        path = found[0] if found else folders[0] / cell
         literal = not found or (not how and folder is None)
         files.append(cell if literal else _shown(path, sheet.path.parent))
         paths.append(path)
+        real.append(root.real(path))
+    notes += root.notes()
     if ways["ending"]:
         notes.append(
             f"names without ending in {ways['ending']} rows: each is the one image of that name"
         )
     if ways["slash"]:
         notes.append(f"'\\' is read as '/' in the names of {ways['slash']} rows")
-    return Places(column, files, paths, problems, notes)
+    return Places(column, files, paths, real, problems, notes)
 
 
 def _shown(path: Path, base: Path) -> str:
     # Not resolved: where links lead to is the machine's business.
     return os.path.relpath(path, base).replace(os.sep, "/")
+
+
+def _fixed(table: Path, folder: str) -> Path:
+    """Return the declared folder, of one with wildcards the part before them."""
+    place = table.parent
+    for part in Path(folder).expanduser().parts:
+        if any(mark in part for mark in "*?["):
+            break
+        place /= part
+    return place
 
 
 def _folders(table: Path, folder: str | None) -> list[Path]:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 import re
+from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wara.data.words import plain
 from wara.errors import WaraError
+from wara.storage import open_regular
 
 Row = dict[str, str]
 
 OWN_COLUMNS = ("file", "label", "patient", "split")
+MOST_COLUMNS = 16_384
+"""Columns of a table; spreadsheets have no more."""
+MOST_BYTES = 1 << 29
+"""Bytes of a table."""
+
 ENDINGS = (".csv", ".tsv", ".tab", ".txt")
 """Endings of tables that are read."""
 
@@ -101,6 +110,9 @@ def read_sheet(
         head = [cell.strip() for cell in numbered.pop(0)[1]] if numbered else []
     else:
         head = list(columns)
+    if len(head) > MOST_COLUMNS:
+        what = f"{len(head):,} columns, where {MOST_COLUMNS:,} are the most that is read"
+        raise WaraError("data", what, str(path), "keep the columns of files, labels and patients")
     if not any(head):
         raise WaraError(
             "data",
@@ -144,10 +156,10 @@ def _sheet(
         if name not in names and _UNNAMED.fullmatch(name):
             name = f"column {place + 1}"
             unnamed.append(name)
-        elif name not in names and name.lower() in OWN_COLUMNS:
-            name = name.lower()
+        elif name not in names and plain(name).lower() in OWN_COLUMNS:
+            name = plain(name).lower()
         header.append(name)
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if twice:
         raise WaraError("data", f"column named twice: {', '.join(twice)}", str(path), "rename one")
     rows = [dict(zip(header, cells, strict=True)) for _, cells in lines]
@@ -168,7 +180,11 @@ def _without_tail(cells: list[str], columns: int) -> list[str]:
 
 def _text(path: Path, notes: list[str]) -> str:
     try:
-        data = path.read_bytes()
+        with open_regular(path) as stream:
+            if os.fstat(stream.fileno()).st_size > MOST_BYTES:
+                what = f"a table of more than {MOST_BYTES >> 20} MiB"
+                raise WaraError("data", what, str(path), "keep the columns that are needed")
+            data = stream.read()
     except OSError as error:
         what = f"not a readable table: {error.strerror}"
         raise WaraError("data", what, str(path), "check the file") from error

@@ -42,6 +42,7 @@ def open_source(
     images: int | None = None,
     phantom_size: int = 112,
     modality: Modality | None = None,
+    within: str | Path | None = None,
 ) -> ImageSet:
     """Find the images that `dataset` means.
 
@@ -61,6 +62,7 @@ def open_source(
         images: phantom images drawn in total; None for what the card says.
         phantom_size: side of the phantoms in pixels.
         modality: what the images show, and with it their augmentation, where no card says so.
+        within: folder below which images of a table or of class folders may lie besides their own.
 
     Raises:
         WaraError: kind "config" for an unknown name or a faulty card, kind "data" for files that
@@ -74,12 +76,12 @@ def open_source(
         if path.suffix in (".yaml", ".yml"):
             card = _shown_by(load_card(path), modality)
         elif path.is_file():
-            return open_table(path, modality=modality)
+            return open_table(path, modality=modality, within=within)
         elif path.is_dir():
             table = _table_in(path)
             if table is not None:
-                return open_table(table, modality=modality)
-            return open_tree(path, modality=modality)
+                return open_table(table, modality=modality, within=within)
+            return open_tree(path, modality=modality, within=within)
         else:
             raise WaraError(
                 "config", f"no data set '{dataset}'", "dataset", suggest(dataset, list_cards())
@@ -89,7 +91,7 @@ def open_source(
             card, card.source, seed=seed, images=images, size=phantom_size, cache=folder
         )
     try:
-        return _open_card(card, folder)
+        return _open_card(card, folder, within)
     except Unavailable as reason:
         if offline == "error" or card.phantom is None or card.base is not None:
             raise WaraError("data", str(reason), card.name, card.how_to_get) from reason
@@ -131,7 +133,7 @@ def _table_in(folder: Path) -> Path | None:
     return next((found[name] for name in names if name in found), None)
 
 
-def _open_card(card: Card, cache: Path) -> ImageSet:
+def _open_card(card: Card, cache: Path, within: str | Path | None) -> ImageSet:
     source = card.source
     if isinstance(source, MedMNISTSource):
         return open_medmnist(card, source, cache)
@@ -143,8 +145,8 @@ def _open_card(card: Card, cache: Path) -> ImageSet:
         # A table beside the folders wins: it can name patients, folders cannot.
         table = _table_in(path)
         if table is not None:
-            return open_table(table, card)
-        return open_tree(path, card, source.patient_pattern)
+            return open_table(table, card, within=within)
+        return open_tree(path, card, source.patient_pattern, within=within)
     if isinstance(source, CsvSource) and path.is_file():
-        return open_table(path, card)
+        return open_table(path, card, within=within)
     raise Unavailable(f"{path} is not there")

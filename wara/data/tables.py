@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from wara.cards import Card, CsvSource, FolderSource, Modality
 from wara.data.imageset import FileReader, ImageSet, Record
-from wara.data.infer import SPLIT_WORDS
+from wara.data.infer import split_note, split_of
 from wara.data.labels import Answer, labels_of
 from wara.data.places import Places, find_images
 from wara.data.sheets import OWN_COLUMNS, Row, Sheet, read_sheet
-from wara.data.words import known_patient, nobody_note
+from wara.data.words import known_patient, nobody_note, other_spellings, plain, quoted
 from wara.errors import WaraError, suggest
 
 # Columns, without case and punctuation, that say which images belong together. Left unread they
@@ -26,7 +25,12 @@ _GROUP_WORDS = re.compile(
 _PERHAPS_GROUP_WORDS = re.compile(r"records?(id|no|nr|num|number)?")
 
 
-def open_table(path: Path, card: Card | None = None, modality: Modality | None = None) -> ImageSet:
+def open_table(
+    path: Path,
+    card: Card | None = None,
+    modality: Modality | None = None,
+    within: str | Path | None = None,
+) -> ImageSet:
     """Open a table with a header line; `docs/tables.md` shows what each kind of table gives.
 
     Columns: `file` (path of the image, relative to the table), then either `label` (a class name
@@ -35,15 +39,17 @@ def open_table(path: Path, card: Card | None = None, modality: Modality | None =
     decide nothing, `ImageSet.columns` keeps them. A card's `source` may name other columns. A
     column that seems to name patients in other words (`patient_id`, `subject`, ...) is refused
     unless there is a `patient` column or the card has a `group_column` or a `patient_pattern`.
+    Images lie below the table's folder or the card's `source.folder`, wherever links lead.
 
     Args:
         path: the table.
         card: what the data is; None to infer classes from the table.
         modality: what the images show where there is no card; None when not known.
+        within: folder below which images may lie as well.
 
     Raises:
-        WaraError: kind "data" when the table as a whole cannot be used. Faults of single rows go
-            to `ImageSet.faults`.
+        WaraError: kind "data" when the table as a whole cannot be used, "config" when `within` is
+            no folder. Faults of single rows go to `ImageSet.faults`.
     """
     form = _form(card)
     group = (card.group_column if card else None) or "patient"
@@ -63,7 +69,9 @@ def open_table(path: Path, card: Card | None = None, modality: Modality | None =
             f"columns are: {', '.join(sheet.header)}",
         )
     known = [name for name in (split, label, *([group] if grouped else [])) if name]
-    places = find_images(sheet, declared=form.file_column, folder=form.folder, others=known)
+    places = find_images(
+        sheet, declared=form.file_column, folder=form.folder, others=known, within=within
+    )
     # Declared patterns win over a column that nobody declared.
     pattern = form.patient_pattern if isinstance(card and card.source, CsvSource) else None
     if isinstance(card and card.source, FolderSource) and not grouped:
@@ -82,20 +90,27 @@ def open_table(path: Path, card: Card | None = None, modality: Modality | None =
     if ignored:
         notes.append(f"without a name, so ignored: {', '.join(ignored)}")
     people = _people(sheet, places, group if grouped else None, pattern, notes)
+    twice = other_spellings(people)
 
     records: list[Record] = []
     paths: list[Path] = []
     taken: list[Row] = []
     faults: list[WaraError] = []
     seen: dict[str, int] = {}
-    splits = [SPLIT_WORDS.get(row[split].lower()) if split else None for row in sheet.rows]
+    splits = [split_of(row[split]) if split else None for row in sheet.rows]
     split_given = split is not None and any(row[split] for row in sheet.rows)
+    if split is not None:
+        notes += split_note((row[split] for row in sheet.rows), "rows")
+    read = [name for name in (label, split, group if grouped else None) if name]
     for index, row in enumerate(sheet.rows):
         answer: Answer = answers[index]
         problem = _row_problem(sheet, places, index, seen)
+        problem = problem or _formula(row, read, card)
         if problem is None and split_given and splits[index] is None:
             problem = _split_problem(row[split or ""])
         problem = problem or answer.problem
+        if problem is None and index in twice:
+            problem = _spelling_problem(sheet, people, index, twice[index])
         if problem is not None or answer.label is None:
             what, remedy = problem or ("no label", "correct the row")
             where = f"{sheet.row_name(index)}: {row[places.column] or '(no file)'}"
@@ -180,10 +195,28 @@ def _row_problem(
         return "no file name", "name the image or remove the row"
     if index in places.problems:
         return places.problems[index]
-    first = seen.setdefault(os.path.normpath(places.paths[index]), index)
+    first = seen.setdefault(places.real[index], index)
     if first != index:
         return f"listed in row {sheet.lines[first]} already", "keep one row per image"
     return None
+
+
+def _formula(row: Row, columns: Sequence[str], card: Card) -> tuple[str, str] | None:
+    """Return what is wrong with a row whose cell a spreadsheet would show as something else."""
+    for name in columns:
+        cell = row[name]
+        if cell.startswith("=") and cell == plain(cell) and cell not in card.class_index:
+            what = f"column {name} holds the formula '{cell}'"
+            return what, "save the table with values in the place of formulas"
+    return None
+
+
+def _spelling_problem(
+    sheet: Sheet, people: Sequence[str | None], index: int, before: int
+) -> tuple[str, str]:
+    this, other = quoted(people[index] or "", people[before] or "")
+    what = f"patient {this} is {other} of row {sheet.lines[before]} in another spelling"
+    return what, "write both alike, or give two patients names that differ in more"
 
 
 def _split_problem(word: str) -> tuple[str, str]:

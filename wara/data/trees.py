@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from wara.cards import Card, Modality
 from wara.data.imageset import FileReader, ImageSet, Record, left_out_line
 from wara.data.infer import (
-    SPLIT_WORDS,
     check_names,
     inferred_card,
     inferred_note,
     sorted_classes,
+    split_note,
+    split_of,
 )
+from wara.data.root import Root
 from wara.data.walk import Walk
-from wara.data.words import known_patient, nobody_note
+from wara.data.words import known_patient, nfc, nobody_note, other_spellings, quoted
 from wara.errors import WaraError, WaraErrors, suggest
 
 
@@ -25,12 +28,14 @@ def open_tree(
     card: Card | None = None,
     patient_pattern: str | None = None,
     modality: Modality | None = None,
+    within: str | Path | None = None,
 ) -> ImageSet:
     """Open a tree of class folders.
 
     Images are what is one by content, or says so by its ending, at any depth below its class. What
     machines leave in folders (thumbnails, indexes, trash) and other files are left out and
-    counted in a note. Links to folders or to nothing, and pipes, are faults.
+    counted in a note. Links to nothing, and pipes, are faults; so are links to folders below a
+    class, and links that lead out of the folder.
 
     Args:
         root: the folder.
@@ -38,18 +43,23 @@ def open_tree(
         patient_pattern: regular expression on the path below `root`; its first group names the
             patient.
         modality: what the images show where there is no card; None when not known.
+        within: folder below which images may lie as well, when links lead there.
 
     Raises:
-        WaraError: kind "data" when the folders are not a tree of classes.
+        WaraError: kind "data" when the folders are not a tree of classes, "config" when `within` is
+            no folder.
     """
-    walk = Walk()
+    fence = Root([root], within)
+    walk = Walk(fence.problem)
     try:
-        return _open(walk, root, card, patient_pattern, modality)
+        images = _open(walk, root, card, patient_pattern, modality)
     except WaraError as error:
         line = left_out_line(walk.sentence(), str(root))
         if line is None and not walk.faults:
             raise
         raise WaraErrors([error, *walk.faults, *([line] if line else [])]) from error
+    images.notes = (*images.notes, *fence.notes())
+    return images
 
 
 def _open(
@@ -59,7 +69,8 @@ def _open(
     patient_pattern: str | None,
     modality: Modality | None,
 ) -> ImageSet:
-    parts = _split_folders(walk, root, card.class_index if card else ())
+    notes: list[str] = []
+    parts = _split_folders(walk, root, card.class_index if card else (), notes)
     found = [(split, folder) for split, folders in parts for folder in folders]
     names = sorted_classes(folder.name for _, folder in found)
     if len(names) < 2 and walk.tables and card is None:
@@ -77,7 +88,6 @@ def _open(
             str(root),
             "arrange it as <class>/<image> or train|val|test/<class>/<image>",
         )
-    notes: list[str] = []
     if card is None:
         check_names(root, names, "rename the folder, or name it as a class in a card")
         card = inferred_card(root, names, kind="folder", modality=modality)
@@ -95,8 +105,10 @@ def _open(
     paths: list[Path] = []
     faults: list[WaraError] = []
     nobodies: list[str] = []
+    classes = {nfc(name): index for name, index in card.class_index.items()}
+    faults += _one_folder(root, [folder for _, folder in found])
     for split, folder in found:
-        index = card.class_index.get(folder.name)
+        index = classes.get(nfc(folder.name))
         if index is None:
             faults.append(
                 WaraError(
@@ -124,6 +136,15 @@ def _open(
                 "these are split image by image"
             )
         notes += nobody_note(nobodies, "file names")
+    twice = other_spellings([record.patient for record in records])
+    for place, before in twice.items():
+        this, other = (records[index].patient or "" for index in (place, before))
+        this, other = quoted(this, other)
+        what = f"patient {this} is {other} of {records[before].file} in another spelling"
+        remedy = "name the files alike, or give two patients names that differ in more"
+        faults.append(WaraError("data", what, str(paths[place]), remedy))
+    kept = [place for place in range(len(records)) if place not in twice]
+    records, paths = [records[place] for place in kept], [paths[place] for place in kept]
     return ImageSet(
         card,
         records,
@@ -135,22 +156,40 @@ def _open(
     )
 
 
+def _one_folder(root: Path, folders: Sequence[Path]) -> list[WaraError]:
+    """Return a fault for each class folder that is, holds or lies in another one, by a link."""
+    home = Path(os.path.realpath(root))
+    real = {folder: Path(os.path.realpath(folder)) for folder in folders}
+    # Those that lie where they seem to come first, so that the link is what is refused.
+    linked = {folder: real[folder] != home / folder.relative_to(root) for folder in folders}
+    owners: dict[Path, Path] = {}
+    above: dict[Path, Path] = {}
+    faults = []
+    for folder in sorted(folders, key=lambda folder: (linked[folder], folder)):
+        place = real[folder]
+        inside = (owners[parent] for parent in (place, *place.parents) if parent in owners)
+        other = next(inside, above.get(place))
+        if other is not None:
+            what = f"a link to images of {other}, a class folder already"
+            faults.append(WaraError("data", what, str(folder), "remove it"))
+        owners.setdefault(place, folder)
+        for parent in place.parents:
+            above.setdefault(parent, folder)
+    return faults
+
+
 def _split_folders(
-    walk: Walk, root: Path, classes: Container[str]
+    walk: Walk, root: Path, classes: Container[str], notes: list[str]
 ) -> list[tuple[str | None, list[Path]]]:
     """Return (split, class folders) when the tree is split already, else those of None.
 
     A folder named like a split is one, unless a card has a class of that very name.
     """
     folders = walk.folders(root)
-    named = [
-        folder
-        for folder in folders
-        if folder.name.lower() in SPLIT_WORDS and folder.name not in classes
-    ]
+    named = [folder for folder in folders if split_of(folder.name) and folder.name not in classes]
     if not named:
         return [(None, folders)]
-    if not any(SPLIT_WORDS[folder.name.lower()] == "train" for folder in named):
+    if not any(split_of(folder.name) == "train" for folder in named):
         # Taken as classes, they would give a model that tells test images from others.
         raise WaraError(
             "data",
@@ -158,9 +197,10 @@ def _split_folders(
             str(root),
             "put the training images into train/<class>/; if it is a class, rename the folder",
         )
+    notes += split_note((folder.name for folder in named), "folders")
     result: dict[str | None, Path] = {}
     for folder in named:
-        split = SPLIT_WORDS[folder.name.lower()]
+        split = split_of(folder.name)
         if split in result:
             raise WaraError(
                 "data",

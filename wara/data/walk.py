@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from wara.data.litter import is_viewer, made_by
 from wara.dicom import is_dicom
 from wara.errors import WaraError
 from wara.images import EXTENSIONS
+from wara.storage import open_regular
 
 # Pictures and volumes that wara does not read. They are images of the set nevertheless: left out,
 # they would be missing from it; so the gate refuses them, and says to convert them.
@@ -44,18 +45,27 @@ def is_image(path: Path) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         return stream.read(512)
+
+
+Leaves = Callable[[Path, str], tuple[str, str] | None]
 
 
 class Walk:
     """A look through folders of images that counts what it leaves out.
 
     Links to folders, links to nothing, pipes and devices below a class are neither followed nor
-    passed over: they are in `faults`.
+    passed over: they are in `faults`. So are links that lead out of the data set, where it has an
+    end.
+
+    Args:
+        leaves: what is wrong (what, remedy) with a path, called by a name, that leads out of the
+            data set; None where a link may lead anywhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leaves: Leaves | None = None) -> None:
+        self._leaves = leaves
         self.left_out: Counter[str] = Counter()
         self.faults: list[WaraError] = []
         self.tables: list[Path] = []
@@ -63,13 +73,15 @@ class Walk:
     def folders(self, folder: Path) -> list[Path]:
         """Return the folders right below one, sorted; the files beside them are left out.
 
-        A class or a split may be a link to a folder.
+        A class or a split may be a link to a folder, unless it leads out of the data set, back to
+        a folder that it lies in, or to one that was found already.
         """
         found = []
         for entry in self._entries(folder):
             path = Path(entry.path)
             if _leads_to(entry, folder=True):
-                found.append(path)
+                if self._may_follow(entry):
+                    found.append(path)
             elif self._is_file(entry):
                 if says_image(entry.name) or self._is_image(path):
                     self.left_out[BESIDE] += 1
@@ -89,7 +101,7 @@ class Walk:
                 yield from self._below(path, viewer=viewer or is_viewer(entry.name))
             elif _leads_to(entry, folder=True):
                 self._fault(path, "a link to a folder", "put the folder itself there, or remove it")
-            elif not self._is_file(entry):
+            elif not self._is_file(entry) or (entry.is_symlink() and self._is_outside(path)):
                 continue
             elif viewer and not self._holds_dicom(path):
                 self.left_out["of the viewer of a PACS export"] += 1
@@ -120,6 +132,24 @@ class Walk:
                 count = sum(len(files) for *_, files in os.walk(entry.path)) if is_folder else 1
                 self.left_out[maker] += count
         return kept
+
+    def _may_follow(self, entry: os.DirEntry[str]) -> bool:
+        path = Path(entry.path)
+        if not entry.is_symlink():
+            return True
+        if self._is_outside(path):
+            return False
+        above = os.path.realpath(path.parent)
+        if Path(above).is_relative_to(os.path.realpath(path)):
+            self._fault(path, "a link to a folder that it lies in", "remove it")
+            return False
+        return True
+
+    def _is_outside(self, path: Path) -> bool:
+        problem = self._leaves(path, path.name) if self._leaves else None
+        if problem is not None:
+            self._fault(path, *problem)
+        return problem is not None
 
     def _is_file(self, entry: os.DirEntry[str]) -> bool:
         if _leads_to(entry, folder=False):

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from wara.deploy.contents import check_manifest
 from wara.errors import WaraError
-from wara.storage import file_sha256, parse_json
+from wara.storage import NotRegular, file_sha256, parse_json, read_regular
 
 FORMAT, VERSION = "wara-bundle", 1
 MANIFEST = "manifest.json"
@@ -79,7 +79,7 @@ class Bundle:
             raise WaraError("artefact", f"no file {name} in the bundle", str(self.folder), _AGAIN)
         with readable(self.folder):
             same = path.stat().st_size == said["bytes"]
-            data = path.read_bytes() if same else b""
+            data = read_regular(path) if same else b""
         if not same or hashlib.sha256(data).hexdigest() != said["sha256"]:
             raise _changed(path)
         return data
@@ -128,6 +128,8 @@ def readable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except NotRegular as error:
+        raise WaraError("artefact", "no regular file", str(error.filename), _AGAIN) from error
     except OSError as error:
         what = f"cannot be read: {error.strerror or type(error).__name__}"
         remedy = f"let it be read: chmod -R a+rX '{folder}'"
@@ -142,7 +144,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > LARGEST_JSON:
         raise WaraError("artefact", f"a manifest of {size:,} bytes", str(path), _AGAIN)
-    raw = path.read_bytes()
+    raw = read_regular(path)
     try:
         found = parse_json(raw)
     except ValueError as error:

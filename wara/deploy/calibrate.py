@@ -60,12 +60,14 @@ class Wanted:
         sensitivity: that it must reach on the local cases.
         specificity: the same; one of the two.
         bootstrap: resamples behind intervals.
+        root: folder below which cases may lie besides that of the data.
     """
 
     positive: Sequence[str] = ()
     sensitivity: float | None = None
     specificity: float | None = None
     bootstrap: int = 1000
+    root: Path | None = None
 
 
 def calibrate(
@@ -98,7 +100,7 @@ def calibrate(
     with new_folder(out) as folder:
         parent = open_bundle(bundle)
         model = of_bundle(Predictor(bundle, abstain_on=()))
-        labelled = open_labelled(data, model)
+        labelled = open_labelled(data, model, root=wanted.root)
         say(f"asking the model about {len(labelled.indices)} cases")
         outcome = score(model, labelled)
         _check(outcome, model, data)

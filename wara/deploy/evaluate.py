@@ -46,6 +46,7 @@ class Request:
         batch_size: images at a time.
         bootstrap: resamples behind intervals.
         allow_partial: whether images that cannot be used are no failure.
+        root: folder below which images may lie besides that of the data.
     """
 
     by: Sequence[str] = ()
@@ -54,6 +55,7 @@ class Request:
     batch_size: int = 16
     bootstrap: int = BOOTSTRAP
     allow_partial: bool = False
+    root: Path | None = None
 
 
 def evaluate(
@@ -86,7 +88,7 @@ def evaluate(
     check_outside(out.parent, "--out")
     with new_folder(out) as folder:
         model = open_model(path)
-        labelled = open_labelled(data, model, split=request.split)
+        labelled = open_labelled(data, model, split=request.split, root=request.root)
         columns = labelled.images.columns
         by = [parse_by(word, list(columns)) for word in dict.fromkeys(request.by)]
         # Before the model is asked: a slip in --by should not cost an hour.

@@ -326,6 +326,7 @@ def _images_of(run: Run) -> ImageSet:
         seed=config.data.split_seed,
         images=config.data.images,
         modality=config.data.modality,
+        within=config.data.root,
     )
     images.declare(run.spec.bits, run.spec.greys)
     if images.synthetic != run.synthetic or images.card.class_names != run.classes:

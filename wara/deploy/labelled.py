@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,20 +62,23 @@ class Outcome:
         return people if any(p is not None for p in people) else None
 
 
-def open_labelled(data: str, model: Model, *, split: str | None = None) -> Labelled:
+def open_labelled(
+    data: str, model: Model, *, split: str | None = None, root: str | Path | None = None
+) -> Labelled:
     """Open a card, table or folder of images, and match its classes to a model's by name.
 
     Args:
         data: see `open_source`; nothing stands in for images that cannot be had.
         model: that they are for.
         split: `train`, `val` or `test`, to take only the images that the set itself puts there.
+        root: folder below which images may lie besides that of the data.
 
     Raises:
         WaraError: as `open_source`; kind "data" when labels are of another form, kind "usage" when
             the set has no such split.
         WaraErrors: kind "data", one line for each class without its counterpart.
     """
-    images = open_source(data, cache=None, offline="error", seed=0)
+    images = open_source(data, cache=None, offline="error", seed=0, within=root)
     several = model.task == "multilabel"
     if (images.card.task == "multilabel") != several:
         forms = ("any number of labels per image", "one class per image")

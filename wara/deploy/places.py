@@ -10,6 +10,7 @@ from typing import IO
 
 from wara.deploy.bundle import FORMAT, MANIFEST
 from wara.errors import WaraError, storage_error
+from wara.storage import open_regular
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -36,7 +37,7 @@ def _kept(folder: Path) -> str | None:
     if all((folder / name).is_file() for name in ("config.yaml", "provenance.json")):
         return "a run folder"
     try:
-        with (folder / MANIFEST).open("rb") as stream:
+        with open_regular(folder / MANIFEST) as stream:
             head = stream.read(256)
     except OSError:
         return None

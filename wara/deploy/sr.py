@@ -26,7 +26,7 @@ from wara.deploy.bundle import Bundle
 from wara.deploy.predictor import Prediction, Reading
 from wara.dicom import is_dicom
 from wara.errors import WaraError
-from wara.storage import write_bytes
+from wara.storage import open_regular, write_bytes
 
 if TYPE_CHECKING:
     from highdicom.sr import CodedConcept, MeasurementsAndQualitativeEvaluations
@@ -160,7 +160,7 @@ class Reports:
 def _object(reading: Reading) -> bytes | None:
     """Return the file that was read, None when it is no DICOM object."""
     try:
-        with reading.source.open("rb") as stream:
+        with open_regular(reading.source) as stream:
             data = stream.read(512)
             if not is_dicom(data):
                 return None

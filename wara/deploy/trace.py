@@ -21,7 +21,7 @@ from typing import Any
 from wara.deploy.places import open_locked
 from wara.deploy.predictor import Prediction, Predictor
 from wara.errors import WaraError, storage_error
-from wara.storage import sync_folder
+from wara.storage import read_regular, sync_folder
 
 _START = "0" * 64
 _OPEN = b'{"kind": "open"'  # how every trace begins
@@ -206,7 +206,7 @@ def unclosed(path: Path) -> list[int]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise _broken(path, f"cannot be read: {error.strerror}") from error
 

@@ -82,11 +82,17 @@ def _predict(arguments: argparse.Namespace) -> None:
     infer.predict(arguments.bundle, arguments, Overlays(arguments.explain).of)
 
 
+def _root_argument(parser: argparse.ArgumentParser) -> None:
+    what = "folder that images may lie below besides that of the data, as data.root of a run"
+    parser.add_argument("--root", type=Path, metavar="DIR", help=what)
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="BUNDLE|RUN", help="folder of a bundle or a finished run")
     add("--data", required=True, help="labelled images: a card, a table, or a folder of classes")
     add("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    _root_argument(parser)
     add(
         "--by",
         nargs="+",
@@ -114,6 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         positive=_names(arguments.positive),
         batch_size=arguments.batch_size,
         allow_partial=arguments.allow_partial,
+        root=arguments.root,
     )
     out = evaluate(arguments.model, arguments.data, arguments.out, request)
     print(f"report   {out / 'report.html'}")
@@ -125,6 +132,7 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, help="local cases: a card, a table, or a folder of classes"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the new folder")
+    _root_argument(parser)
     _point_arguments(parser)
 
 
@@ -135,6 +143,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         positive=_names(arguments.positive),
         sensitivity=arguments.sensitivity,
         specificity=arguments.specificity,
+        root=arguments.root,
     )
     made = calibrate(arguments.bundle, arguments.data, arguments.out, wanted)
     print(f"bundle   {made}")

@@ -294,6 +294,7 @@ def open_images(config: RunConfig) -> ImageSet:
         images=config.data.images,
         phantom_size=PHANTOM_SIDE,
         modality=config.data.modality,
+        within=config.data.root,
     )
     images.declare(config.data.bits, config.data.greys)
     return images
