@@ -39,16 +39,17 @@ $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wara needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 	@echo "installing the pinned packages into .venv: several minutes, 7 GB"
-	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-# Needs uv. The result names versions only: where packages come from is the machine's business.
+# Needs uv. The result names versions and what their files hash to, on every platform: where packages
+# come from is the machine's business.
 lock:
 	{ sed -n '/^#/p' requirements.lock; uv pip compile pyproject.toml --universal --quiet \
 	  --extra baselines --extra dashboard --extra dev --extra dicom --extra explain --extra export \
 	  --extra papers --extra ray --extra tensorboard \
-	  --no-emit-index-url --no-header --no-annotate; } > requirements.lock.new
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean:

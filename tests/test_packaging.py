@@ -16,21 +16,46 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
+# Requirement -> its hashes; a line goes on where the one before ends in a backslash.
+HASHED = {
+    words[0].strip(): [f"--{word}".strip() for word in words[1:]]
+    for line in re.sub(r"\\\n", " ", LOCK).splitlines()
+    if line and not line.startswith("#")
+    for words in [line.split("--")]
+}
 # A library in two packages of one version.
 PART_OF = {"pydantic-core": "pydantic"}
 EXTRAS = [text for extra in PROJECT["optional-dependencies"].values() for text in extra]
 
 
 def pins() -> dict[str, str]:
-    lines = [line for line in LOCK.splitlines() if line and not line.startswith("#")]
-    requirements = [Requirement(line) for line in lines]
+    requirements = [Requirement(line) for line in HASHED]
     assert all(str(one.specifier).startswith("==") for one in requirements)
     return {canonicalize_name(one.name): str(one.specifier)[2:] for one in requirements}
 
 
 def test_lock_names_versions_and_no_places():
-    assert not re.search(r"://|file:|@|--|^-|[+]cpu|/", re.sub(r"#.*", "", LOCK), re.MULTILINE)
+    names = re.sub(r"#.*", "", "\n".join(HASHED))
+    assert not re.search(r"://|file:|@|--|^-|[+]cpu|/", names, re.MULTILINE)
     assert pins()
+
+
+def test_lock_has_a_hash_for_every_package_and_nothing_else():
+    for line, hashes in HASHED.items():
+        assert hashes, f"{line} has no hash; run make lock"
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes), line
+
+
+def test_nothing_is_installed_without_its_hash():
+    installs = [
+        line.split("pip install", 1)[1].split()
+        for line in (ROOT / "Makefile").read_text().splitlines()
+        if "pip install" in line
+    ]
+    assert installs
+    for words in installs:
+        # The checkout itself, with nothing that it needs.
+        assert "--require-hashes" in words or {"--no-deps", "--no-build-isolation"} <= set(words)
 
 
 def test_lock_holds_every_declared_package_in_an_allowed_version():

@@ -19,6 +19,8 @@ EXIT_CODES = {
     "busy": 8,
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# As torch, onnxruntime and C++ have it.
+_NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "bad_alloc")
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
 
 
@@ -111,7 +113,7 @@ def as_refusal(error: BaseException) -> WaraError:
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in message
+        or any(words in message for words in _NO_MEMORY)
     ):
         remedy = "halve batch_size and double accumulate, or choose a smaller backbone or img_size"
         return WaraError("resources", "out of memory", "", remedy)

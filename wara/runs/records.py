@@ -23,10 +23,10 @@ class _Record(BaseModel):
 class Metric(_Record):
     """One number with its interval, or why it lacks it."""
 
-    value: float | None = Field(description="The number.")
-    low: float | None = Field(description="Lower end of its 95 % interval.")
-    high: float | None = Field(description="Upper end.")
-    n: int = Field(ge=0, description="Images behind it.")
+    value: float | None = Field(ge=-1e12, le=1e12, description="The number.")
+    low: float | None = Field(ge=-1e12, le=1e12, description="Lower end of its 95 % interval.")
+    high: float | None = Field(ge=-1e12, le=1e12, description="Upper end.")
+    n: int = Field(ge=0, le=10**12, description="Images behind it.")
     reason: str | None = Field(description="Why value or interval is missing.")
 
 
@@ -37,14 +37,16 @@ class MetricsFile(_Record):
     dataset: str = Field(description="Name of the data set.")
     backbone: str = Field(description="What was adapted.")
     method: str = Field(description="Name of the method.")
-    seed: int = Field(description="Seed of the run.")
-    adapter_params: int = Field(ge=0, description="Numbers that trained beside the head.")
-    head_params: int = Field(ge=0, description="Numbers of the head.")
-    epochs: int = Field(ge=0, description="Epochs trained.")
-    best_epoch: int = Field(ge=0, description="Epoch of the results.")
+    seed: int = Field(ge=0, lt=2**32, description="Seed of the run.")
+    adapter_params: int = Field(
+        ge=0, le=10**15, description="Numbers that trained beside the head."
+    )
+    head_params: int = Field(ge=0, le=10**15, description="Numbers of the head.")
+    epochs: int = Field(ge=0, le=100_000, description="Epochs trained.")
+    best_epoch: int = Field(ge=0, le=100_000, description="Epoch of the results.")
     monitor: str = Field(description="What picked it.")
-    seconds: float = Field(ge=0, description="Time of training.")
-    peak_memory_mb: float = Field(ge=0, description="Most memory used.")
+    seconds: float = Field(ge=0, le=1e12, description="Time of training.")
+    peak_memory_mb: float = Field(ge=0, le=1e12, description="Most memory used.")
     val: dict[str, Metric] = Field(description="Metrics of the validation images.")
     test: dict[str, Metric] = Field(description="Metrics of the test images.")
 
@@ -54,7 +56,7 @@ class ProvenanceFile(_Record):
 
     synthetic: bool = Field(description="Whether the images were drawn.")
     status: str = Field(description="How the run stands.")
-    seed: int = Field(description="Seed of the run.")
+    seed: int = Field(ge=0, lt=2**32, description="Seed of the run.")
     data: dict[str, Any] = Field(description="The images.")
     backbone: dict[str, Any] = Field(description="What was adapted.")
     versions: dict[str, str | None] = Field(description="Packages that wrote it.")
