@@ -250,6 +250,16 @@ def public_name(dataset: str, card: str | None = None) -> str:
     return wanted if dataset in names and wanted in names else LOCAL
 
 
+def told_of(card: Card) -> tuple[str, str]:
+    """Return name and title of a card, as they may leave the place where the images are.
+
+    A card that was made for a folder bears the name of the folder, which may name a patient.
+    """
+    if card.base is None and card.name not in list_cards():
+        return LOCAL, "Images of the user's own"
+    return card.name, card.title
+
+
 def load_card(name_or_path: str | Path) -> Card:
     """Read a shipped card by name, or any card by the path of its file.
 

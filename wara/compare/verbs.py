@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wara.deploy.flags import MOST_WORKERS, real, whole
 from wara.deploy.verbs import Verb
 from wara.errors import WaraError, suggest
+from wara.flags import MOST_WORKERS, real, whole
 
 if TYPE_CHECKING:
     from wara.compare.grid import Request, Tuning
@@ -46,7 +46,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", required=True, metavar="A,B,…", help="methods (see `wara methods`)")
     add("--datasets", metavar="A,B,…", help="data sets in place of the config's")
     add("--seeds", default="3", metavar="N|A,B,…", help="number of seeds, or seeds (default: 3)")
-    add("--splits", type=whole("--splits", 1, _MOST), default=1, metavar="K", help="number of splits (default: 1)")
+    splits, jobs = whole("--splits", 1, _MOST), whole("--jobs", 1, MOST_WORKERS)
+    add("--splits", type=splits, default=1, metavar="K", help="number of splits (default: 1)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder; the same one goes on")
     add("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
         help="change one key of the configs; may be repeated")  # fmt: skip
@@ -67,7 +68,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan", action="store_true", help="print the grid, the runs and the time, and stop")
     add("--audit", action="store_true",
         help="say what choosing the epoch on the test images would have gained")  # fmt: skip
-    add("--jobs", type=whole("--jobs", 1, MOST_WORKERS), default=1, metavar="N",
+    add("--jobs", type=jobs, default=1, metavar="N",
         help="cells at a time, which share the cores (default: 1)")  # fmt: skip
     add("--launcher", choices=("local", "ray"), default="local", help="who runs the cells")
     add("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: one is started here)")

@@ -217,10 +217,13 @@ class RunConfig(Section):
             "weighted above 3 negatives to one."
         ),
     )
-    focal_gamma: float = Field(2.0, ge=0, le=100, description="Focusing exponent of the focal loss.")
+    focal_gamma: float = Field(
+        2.0, ge=0, le=100, description="Focusing exponent of the focal loss."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss.")
     max_class_weight: float | None = Field(
-        100.0, ge=1, le=1e6, description="Largest weight of a rare class in the loss; null: no limit."
+        100.0, ge=1, le=1e6,
+        description="Largest weight of a rare class in the loss; null: no limit.",
     )
 
     epochs: int = Field(12, ge=1, le=100_000, description="Passes over the training images.")
@@ -229,7 +232,8 @@ class RunConfig(Section):
     )
     accumulate: int = Field(1, ge=1, le=100_000, description="Batches per optimiser step.")
     lr: float | None = Field(
-        None, ge=0, le=MOST_RATE, description="Peak learning rate of what the method trains; null: its own."
+        None, ge=0, le=MOST_RATE,
+        description="Peak learning rate of what the method trains; null: its own.",
     )
     lr_core: float | None = Field(
         None, ge=0, le=MOST_RATE,

@@ -32,7 +32,7 @@ _OLDEST = (3, 11)  # of Python, for all files of a bundle
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `infer.py` and `wara predict` have in common."""
-    from wara.deploy.flags import MOST_BATCH, MOST_WORKERS, whole
+    from wara.flags import MOST_BATCH, MOST_WORKERS, whole
 
     add = parser.add_argument
     add(

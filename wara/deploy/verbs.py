@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wara.deploy import infer
-from wara.deploy.flags import MOST_BATCH, real, whole
+from wara.flags import MOST_BATCH, real, whole
 
 
 class Verb(NamedTuple):
