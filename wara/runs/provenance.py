@@ -146,11 +146,11 @@ def commit() -> dict[str, Any] | None:
     if git is None or not (root / ".git").exists():
         return None
     try:
-        head = subprocess.run(
+        head = subprocess.run(  # noqa: S603  (git by its full path)
             [git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10,
             check=True,
         ).stdout.strip()  # fmt: skip
-        changed = subprocess.run(
+        changed = subprocess.run(  # noqa: S603
             [git, "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True,
             text=True, timeout=10, check=True,
         ).stdout.strip()  # fmt: skip
