@@ -148,10 +148,12 @@ def test_bounds_of_flags_themselves_are_taken() -> None:
     ["--budget", "lora_r99999999"], ["--sweep-budget", "1e400"], ["--sweep-budget", DIGITS],
 ])  # fmt: skip
 def test_a_comparison_is_refused_in_one_line(more: list[str], tmp_path, capsys) -> None:
-    line = ["compare", "--cfg", "fundus_wara", "--methods", "wara", "--plan"]
+    line = ["compare", "--cfg", "fundus_wara", "--methods", "wara", "--plan",
+            "--reference", "none", "--beside", "none"]  # fmt: skip
     assert cli.main([*line, "--out", str(tmp_path / "out"), *more]) == 2
     printed = capsys.readouterr().err.strip()
     assert printed.count("\n") == 0 and printed.startswith("error["), printed
+    assert len(printed) < 300
 
 
 def vit() -> VisionTransformer:

@@ -1,4 +1,4 @@
-"""What leaves the place of training names no patient, no file, no folder, no machine and no user."""
+"""What leaves the place of training names no patient, file, folder, machine or user."""
 
 from __future__ import annotations
 

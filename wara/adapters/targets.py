@@ -228,12 +228,13 @@ def parse_budget(text: str | float) -> float:
     multiple = float(match["times"] or 1) * int(match["rank"]) if match else 0.0
     if isinstance(text, int | float) and not isinstance(text, bool) and math.isfinite(text):
         multiple = float(text)
+    shown = repr(text) if len(repr(text)) <= 60 else f"{repr(text)[:57]}..."
     if multiple > _MOST_MULTIPLE:
-        what = f"budget {text!r} is above {_MOST_MULTIPLE:.0f} times a LoRA of rank 1"
+        what = f"budget {shown} is above {_MOST_MULTIPLE:.0f} times a LoRA of rank 1"
         raise WaraError("config", what, "adapter.budget", "set less, such as lora_r4")
     if multiple <= 0:
         remedy = "write lora_r<rank> or a multiple of it, such as lora_r4, 0.8*lora_r1 or 0.8"
-        raise WaraError("config", f"budget {text!r} is not understood", "adapter.budget", remedy)
+        raise WaraError("config", f"budget {shown} is not understood", "adapter.budget", remedy)
     return multiple
 
 

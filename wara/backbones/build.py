@@ -32,6 +32,7 @@ NANO_ARCHITECTURE: dict[str, int] = {
     "depth": 6,
     "num_heads": 4,
 }
+_MOST_BLOCKS = 1000
 MOST_CLASSES = 100_000
 """Outputs of a classifier, as many as a card may name."""
 NANO_DATA: dict[str, Any] = {
@@ -254,6 +255,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
     for key in options:
         if key in _RESERVED:
             raise WaraError("config", f"no option '{key}'", "backbone.options", _RESERVED[key])
+    depth = options.get("depth")
+    if isinstance(depth, int) and depth > _MOST_BLOCKS:  # even without numbers it takes minutes
+        what = f"depth is {depth}"
+        raise WaraError("config", what, "backbone.options", f"set at most {_MOST_BLOCKS}")
 
 
 def _three(values: Sequence[float] | None, name: str) -> tuple[float, float, float]:
