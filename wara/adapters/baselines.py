@@ -17,7 +17,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from wara.adapters.base import LinearAdapter, Method, adapted_layers, options, require
-from wara.adapters.lora import DROPOUT, MOST_ALPHA, MOST_RANK, LowRankMethod
+from wara.adapters.lora import DROPOUT, MOST_ALPHA, MOST_RANK, LowRankMethod, full_rank
 from wara.adapters.peft_layers import (
     ADAPTER,
     AdaLoRALayer,
@@ -156,8 +156,8 @@ class AdaLoRA(LowRankMethod, PeftMethod):
         return math.ceil(1.5 * self.rank) if self.init_rank is None else self.init_rank
 
     def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
-        """Return 2, the least rank from which one can be taken away."""
-        return 2, None
+        """Return 2, the least rank from which one can be taken away, and the shortest side."""
+        return 2, full_rank(targets)
 
     def check_matrices(self, shapes: list[tuple[int, int]]) -> None:
         """Refuse a rank that no matrix can have."""

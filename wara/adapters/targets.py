@@ -40,7 +40,7 @@ ATTENTION = ("q", "k", "v", "o")
 
 MOST_NUMBERS = 2**31 - 1
 """Of one matrix; what it has in truth is checked against the model."""
-_MOST_MULTIPLE = 1e6
+_MOST_MULTIPLE = 1e12
 _MOST_BLOCK = 9999
 
 Blocks = str | int | Sequence[int]
@@ -219,7 +219,7 @@ def parse_budget(text: str | float) -> float:
             alone is a multiple of rank 1.
 
     Returns:
-        `number · R`, above 0 and at most a million.
+        `number · R`, above 0 and at most 1e12.
 
     Raises:
         WaraError: kind `config` when the text is neither.
