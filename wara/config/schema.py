@@ -95,8 +95,10 @@ class BackboneConfig(Section):
         sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
         fits = all(type(side) is int and 8 <= side <= LARGEST_SIDE for side in sides)
         if value is not None and not fits:
-            what = f"a whole number from 8 to {LARGEST_SIDE}, or two of them"
-            raise PydanticCustomError("size", what)  # type: ignore[arg-type]
+            limit = {"most": LARGEST_SIDE}
+            raise PydanticCustomError(
+                "size", "a whole number from 8 to {most}, or two of them", limit
+            )
         return tuple(value) if isinstance(value, list) else value
 
 
