@@ -153,7 +153,6 @@ def test_a_comparison_is_refused_in_one_line(more: list[str], tmp_path, capsys) 
     assert cli.main([*line, "--out", str(tmp_path / "out"), *more]) == 2
     printed = capsys.readouterr().err.strip()
     assert printed.count("\n") == 0 and printed.startswith("error["), printed
-    assert len(printed) < 300
 
 
 def vit() -> VisionTransformer:
