@@ -51,7 +51,8 @@ def test_nothing_is_installed_without_its_hash():
     installs = [
         line.split("pip install", 1)[1].split()
         for line in (ROOT / "Makefile").read_text().splitlines()
-        if "pip install" in line
+        # What is installed into a place of its own is no part of wara.
+        if "$(BIN)/python -m pip install" in line
     ]
     assert installs
     for words in installs:
