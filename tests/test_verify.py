@@ -90,6 +90,42 @@ def test_calls_without_an_end_are_told(trace: Path, tmp_path: Path) -> None:
         list(verify(copy))
 
 
+def reseal_run(run: Path) -> None:
+    """Seal a run folder anew, as somebody would who wants to deceive."""
+    path = run / "provenance.json"
+    record = json.loads(path.read_text())
+    record["files"] = {
+        name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in record["files"]
+    }
+    del record["sha256"]
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    record["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("name", [
+    "config.yaml", "splits.csv", "metrics.csv", "metrics.json", "predictions_val.csv",
+    "predictions_test.csv", "provenance.json",
+])  # fmt: skip
+def test_a_number_of_a_run_that_was_changed(name: str, bundle: Path, tmp_path: Path) -> None:
+    """Any that is as valid as the one before: only the checksum tells."""
+    run = Path(shutil.copytree(bundle.parent / "run", tmp_path / "run"))
+    path = run / name
+    old, new = {
+        "config.yaml": ("weight_decay: 0.01", "weight_decay: 0.02"),
+        "splits.csv": (",false", ",true"),
+        "metrics.csv": (",false", ",true"),
+        "metrics.json": ('"seconds": ', '"seconds": 1'),
+        "provenance.json": ('"seed": 0', '"seed": 1'),
+    }.get(name, (",false", ",true"))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(WaraError, match="its checksum does not agree") as caught:
+        list(verify(run))
+    assert caught.value.exit_code == 4 and name in str(caught.value)
+
+
 def test_a_run_whose_metrics_do_not_follow_from_its_predictions(
     bundle: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +135,7 @@ def test_a_run_whose_metrics_do_not_follow_from_its_predictions(
     metrics = json.loads(path.read_text())
     metrics["test"]["accuracy"]["value"] += 0.01
     path.write_text(json.dumps(metrics))
+    reseal_run(run)
     with pytest.raises(WaraError, match="test accuracy is .* by the predictions") as caught:
         list(verify(run))
     assert caught.value.exit_code == 4
@@ -109,5 +146,6 @@ def test_a_run_whose_predictions_lack_an_image(bundle: Path, tmp_path: Path) -> 
     path = run / "predictions_val.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], *lines[3:]]) + "\n")
+    reseal_run(run)
     with pytest.raises(WaraError, match="not of the val images of splits.csv"):
         list(verify(run))

@@ -24,7 +24,8 @@ Augmentation = Literal[
     "off", "general", "fundus", "dermoscopy", "ultrasound", "mammography", "chest_xray"
 ]
 
-
+MOST_PHANTOMS = 1_000_000
+MOST_CLASSES = 100_000
 LOCAL = "local"
 """What is told of a data set or a file that is the user's own."""
 
@@ -133,7 +134,7 @@ class PhantomSource(Section):
     """Images drawn by `wara.phantoms`, split by the card's own fractions."""
 
     kind: Literal["phantom"]
-    images: int = Field(900, ge=20, description="Images drawn in total.")
+    images: int = Field(900, ge=20, le=MOST_PHANTOMS, description="Images drawn in total.")
     val_fraction: float = Field(0.15, gt=0, lt=0.5, description="Share of the validation split.")
     test_fraction: float = Field(0.25, gt=0, lt=0.5, description="Share of the test split.")
 
@@ -150,7 +151,9 @@ class Card(Section):
     title: str = Field(description="One line for plans and reports.")
     modality: Modality | None = Field(None, description="Kind of image; null when not known.")
     task: Task = Field(description="What is predicted.")
-    classes: list[ClassInfo] = Field(min_length=2, description="Classes in index order.")
+    classes: list[ClassInfo] = Field(
+        min_length=2, max_length=MOST_CLASSES, description="Classes in index order."
+    )
     source: Source = Field(description="Where the images lie and how they are read.")
     origin: str = Field("", description="Who made the data set, with an address.")
     how_to_get: str = Field("", description="Steps from nothing to files in place.")
@@ -245,6 +248,16 @@ def public_name(dataset: str, card: str | None = None) -> str:
     names = list_cards()
     wanted = dataset if card is None else card
     return wanted if dataset in names and wanted in names else LOCAL
+
+
+def told_of(card: Card) -> tuple[str, str]:
+    """Return name and title of a card, as they may leave the place where the images are.
+
+    A card that was made for a folder bears the name of the folder, which may name a patient.
+    """
+    if card.base is None and card.name not in list_cards():
+        return LOCAL, "Images of the user's own"
+    return card.name, card.title
 
 
 def load_card(name_or_path: str | Path) -> Card:

@@ -22,6 +22,8 @@ LONGEST = 6000
 """Characters of a part of a refusal that are shown; a path has at most 4096."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# As torch, onnxruntime and C++ have it.
+_NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "bad_alloc")
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
 
 
@@ -121,7 +123,7 @@ def as_refusal(error: BaseException) -> WaraError:
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in message
+        or any(words in message for words in _NO_MEMORY)
     ):
         remedy = "halve batch_size and double accumulate, or choose a smaller backbone or img_size"
         return WaraError("resources", "out of memory", "", remedy)

@@ -94,6 +94,8 @@ def _reason(error: Exception) -> tuple[str, str]:
     if isinstance(error, MarkedYAMLError):
         what = re.sub(r"\s+", " ", error.problem or error.context or "not YAML").strip()
         return what, f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+    if "int_max_str_digits" in str(error):  # Python's advice is to lift its limit
+        return "a number of thousands of digits", ""
     return re.sub(r"\s+", " ", str(error)).strip() or "not YAML", ""
 
 

@@ -11,8 +11,10 @@ from wara.errors import WaraError
 from wara.images import ImageSpec
 from wara.schema import Section, from_list
 
-Size = Annotated[tuple[int, int], from_list]
-Channels = Annotated[tuple[float, float, float], from_list]
+_Side = Annotated[int, Field(ge=1, le=100_000)]
+_Level = Annotated[float, Field(ge=-1000, le=1000)]
+Size = Annotated[tuple[_Side, _Side], from_list]
+Channels = Annotated[tuple[_Level, _Level, _Level], from_list]
 Source = Literal["user", "card", "config", "tag", "layout", "package", "assumed"]
 """Who says what mean and std of the images are, from the surest to the least.
 
@@ -38,8 +40,8 @@ class BackboneInfo(Section):
     pool: str = Field(description="How the tokens become features: token, avg or timm's own.")
     img_size: Size = Field(description="(H, W) of the input in pixels.")
     grid_size: Size = Field(description="(h, w) of the patch tokens.")
-    num_prefix_tokens: int = Field(description="Class and register tokens p.")
-    embed_dim: int = Field(description="Width of a token.")
+    num_prefix_tokens: int = Field(ge=0, le=100_000, description="Class and register tokens p.")
+    embed_dim: int = Field(ge=1, le=1_000_000, description="Width of a token.")
     mean: Channels = Field(description="Per channel, of images in [0, 1].")
     std: Channels = Field(description="Per channel, of images in [0, 1].")
     statistics: Source = Field(description="Who says what mean and std are.")

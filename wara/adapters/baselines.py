@@ -17,7 +17,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from wara.adapters.base import LinearAdapter, Method, adapted_layers, options, require
-from wara.adapters.lora import DROPOUT, MOST_RANK, LowRankMethod
+from wara.adapters.lora import DROPOUT, MOST_ALPHA, MOST_RANK, LowRankMethod, full_rank
 from wara.adapters.peft_layers import (
     ADAPTER,
     AdaLoRALayer,
@@ -28,7 +28,8 @@ from wara.adapters.peft_layers import (
     PeftLayer,
     peft_library,
 )
-from wara.adapters.targets import Target, TargetedMethod
+from wara.adapters.targets import MOST_NUMBERS, Target, TargetedMethod
+from wara.memory import check_memory
 from wara.schema import NotZero, fault
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm)
@@ -126,7 +127,8 @@ class AdaLoRA(LowRankMethod, PeftMethod):
         None, ge=2, le=2 * MOST_RANK, description="Rank at the start; null: 1.5 times rank."
     )
     alpha: float | None = Field(
-        None, gt=0, description="The update is scaled by alpha / rank at the start; null: by 1."
+        None, gt=0, le=MOST_ALPHA,
+        description="The update is scaled by alpha / rank at the start; null: by 1.",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
     tinit: float = Field(0.1, ge=0, lt=1, description="Share of the steps before ranks fall.")
@@ -154,8 +156,14 @@ class AdaLoRA(LowRankMethod, PeftMethod):
         return math.ceil(1.5 * self.rank) if self.init_rank is None else self.init_rank
 
     def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
-        """Return 2, the least rank from which one can be taken away."""
-        return 2, None
+        """Return 2, the least rank from which one can be taken away, and the shortest side."""
+        return 2, full_rank(targets)
+
+    def check_matrices(self, shapes: list[tuple[int, int]]) -> None:
+        """Refuse a rank that no matrix can have."""
+        most = min(side for shape in shapes for side in shape)
+        what = f"the rank starts at {self.start_rank}, above {most}, the shorter side of a matrix"
+        require(self.start_rank <= most, what, "init_rank", f"set init_rank to {most} or less")
 
     def turned(self, value: int) -> AdaLoRA:
         """Return the method that starts at a rank, and ends at two thirds of it."""
@@ -242,6 +250,12 @@ class VeRA(PeftMethod):
     dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
     seed: int = Field(0, ge=0, lt=2**63, description="Draws the matrices, which are stored.")
 
+    def check_matrices(self, shapes: list[tuple[int, int]]) -> None:
+        """Refuse random matrices that do not fit into memory."""
+        wide, high = max(d for _, d in shapes), max(o for o, _ in shapes)
+        needed = 4 * self.rank * (wide + high)
+        check_memory(needed, "the random matrices", "adapter.rank", "lower adapter.rank")
+
     def config(self, peft: Any) -> Any:
         """Return PEFT's options, without targets."""
         return peft.VeraConfig(
@@ -295,6 +309,9 @@ class LoKr(LowRankMethod, PeftMethod):
         sides = [side for target in targets for shape in target.shapes for side in shape]
         return 1, max(1, max(math.ceil(self._larger(side) / 2) for side in sides))
 
+    def check_rank(self, targets: Sequence[Target]) -> None:
+        """Take any: where a rank is above what a factor can have, PEFT trains the factor whole."""
+
     def _larger(self, side: int) -> int:
         """Return what remains of a side when the factor, or the nearest below, is taken out."""
         wanted = side if self.decompose_factor == -1 else self.decompose_factor
@@ -326,7 +343,9 @@ class FourierFT(PeftMethod):
     knob: ClassVar[tuple[str, ...]] = ("n_frequency",)
     layer: ClassVar[type[PeftLayer]] = FourierFTLayer
 
-    n_frequency: int = Field(1000, ge=1, description="Trained entries of C per matrix.")
+    n_frequency: int = Field(
+        1000, ge=1, le=MOST_NUMBERS, description="Trained entries of C per matrix."
+    )
     scaling: float = Field(150.0, gt=0, le=1e9, description="Factor on the inverse transform.")
     init: Literal["zero", "gaussian"] = Field(
         "zero", description="Start as the base model, or from N(0, 1) as in the paper."

@@ -67,7 +67,7 @@ class AdapterFile(Section):
     base_low: dict[Literal["bfloat16", "float16"], Sha256] = Field(
         default_factory=dict, description="Fingerprints of the base in lower precision."
     )
-    fingerprint: int = Field(1, ge=1, description="Version of the fingerprints.")
+    fingerprint: int = Field(1, ge=1, le=10_000, description="Version of the fingerprints.")
     num_classes: int | None = Field(ge=0, le=1_000_000, description="Outputs of the head.")
     backbone: BackboneInfo | None = Field(description="The backbone and what its images must be.")
     bits: int | None = Field(ge=1, le=16, description="Bits of the greys of 16-bit files.")

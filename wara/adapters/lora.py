@@ -11,11 +11,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wara.adapters.base import LinearAdapter, WeightDomainLayer, options
+from wara.adapters.base import (
+    AdapterLayer,
+    LinearAdapter,
+    WeightDomainLayer,
+    options,
+    require,
+)
 from wara.adapters.targets import Target, TargetedMethod
 
 MOST_RANK = 4096
 """A slip of the keyboard must not become an allocation."""
+MOST_ALPHA = 1e6
 DROPOUT = "Probability of dropping an input entry on the adapter's path."
 
 
@@ -109,6 +116,15 @@ class LoRALayer(LowRankLayer, WeightDomainLayer):
         return self.product()
 
 
+def full_rank(targets: Sequence[Target]) -> int:
+    """Return the shortest side of the matrices of some targets, beyond which a rank adds nothing.
+
+    Args:
+        targets: at least one.
+    """
+    return min(side for target in targets for shape in target.shapes for side in shape)
+
+
 @options
 class LowRankMethod(TargetedMethod):
     """Options of methods whose update is a product of rank `r`."""
@@ -117,8 +133,27 @@ class LowRankMethod(TargetedMethod):
 
     rank: int = Field(4, ge=1, le=MOST_RANK, description="Rank r of the update.")
     alpha: float | None = Field(
-        None, gt=0, description="The update is scaled by alpha / rank; null: by 1."
+        None, gt=0, le=MOST_ALPHA, description="The update is scaled by alpha / rank; null: by 1."
     )
+
+    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
+        """Return 1, and the rank from which a product has every matrix there is."""
+        return 1, full_rank(targets)
+
+    def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
+        """Return one adapter layer per target, see `build`.
+
+        Raises:
+            WaraError: kind `config` when the rank exceeds a side of a matrix.
+        """
+        self.check_rank(self.find(model))
+        return super().layers(model)
+
+    def check_rank(self, targets: Sequence[Target]) -> None:
+        """Refuse a rank that no matrix of the targets can have."""
+        most = full_rank(targets)
+        what = f"rank {self.rank} exceeds {most}, the shorter side of a matrix"
+        require(self.rank <= most, what, "rank", f"set at most {most}")
 
     @property
     def scaling(self) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wara.adapters.base import LinearAdapter, WeightDomainLayer, is_skeleton, options, require
 from wara.adapters.sparse_linear import Form, Index, SparseLinear, changed_weight, index_places
-from wara.adapters.targets import Numbers, Target, TargetedMethod
+from wara.adapters.targets import MOST_NUMBERS, Numbers, Target, TargetedMethod
 from wara.errors import WaraError
 from wara.schema import NotZero, fault
 from wara.wavelets import WaveletName, check_matrix, synthesis_taps
@@ -204,8 +204,9 @@ class SparseMethod(TargetedMethod):
     @classmethod
     def _positive(cls, value: Any) -> Any:
         each = value if isinstance(value, tuple) else () if value is None else (value,)
-        if value == () or any(k < 1 for k in each):
-            raise fault(f"k is {value if value in each else list(value)}", "set 1 or more, or null")
+        if value == () or any(not 1 <= k <= MOST_NUMBERS for k in each):
+            remedy = f"set 1 to {MOST_NUMBERS}, or null"
+            raise fault(f"k is {value if value in each else list(value)}", remedy)
         return value
 
     @property

@@ -38,6 +38,11 @@ ALIASES = {
 }
 ATTENTION = ("q", "k", "v", "o")
 
+MOST_NUMBERS = 2**31 - 1
+"""Of one matrix; what it has in truth is checked against the model."""
+_MOST_MULTIPLE = 1e12
+_MOST_BLOCK = 9999
+
 Blocks = str | int | Sequence[int]
 Numbers = Annotated[tuple[int, ...], from_list]
 
@@ -88,7 +93,7 @@ def block_indices(blocks: Blocks, depth: int) -> list[int]:
     if isinstance(blocks, str):
         if blocks == "all":
             return list(range(depth))
-        match = re.fullmatch(r"last_(\d+)", blocks)
+        match = re.fullmatch(r"last_(\d{1,9})", blocks)
         if match and 1 <= int(match[1]) <= depth:
             return list(range(depth - int(match[1]), depth))
         raise WaraError("config", f"blocks '{blocks}' not understood", "adapter.blocks", remedy)
@@ -200,7 +205,10 @@ def _short_ranges(leaf: str, linear: nn.Linear, targets: Sequence[str]) -> dict[
     return dict(sorted(ranges.items(), key=lambda item: item[1]))
 
 
-_GRAMMAR = re.compile(r"\s*(?:(?P<times>\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?lora_r(?P<rank>\d+)\s*")
+# As many digits as a number within the bound can need: Python refuses to read thousands of them.
+_GRAMMAR = re.compile(
+    r"\s*(?:(?P<times>\d{1,9}(?:\.\d{0,30})?|\.\d{1,30})\s*\*\s*)?lora_r(?P<rank>\d{1,9})\s*"
+)
 
 
 def parse_budget(text: str | float) -> float:
@@ -211,7 +219,7 @@ def parse_budget(text: str | float) -> float:
             alone is a multiple of rank 1.
 
     Returns:
-        `number · R`, above 0.
+        `number · R`, above 0 and at most 1e12.
 
     Raises:
         WaraError: kind `config` when the text is neither.
@@ -220,9 +228,13 @@ def parse_budget(text: str | float) -> float:
     multiple = float(match["times"] or 1) * int(match["rank"]) if match else 0.0
     if isinstance(text, int | float) and not isinstance(text, bool) and math.isfinite(text):
         multiple = float(text)
+    shown = repr(text) if len(repr(text)) <= 60 else f"{repr(text)[:57]}..."
+    if multiple > _MOST_MULTIPLE:
+        what = f"budget {shown} is above {_MOST_MULTIPLE:.0f} times a LoRA of rank 1"
+        raise WaraError("config", what, "adapter.budget", "set less, such as lora_r4")
     if multiple <= 0:
         remedy = "write lora_r<rank> or a multiple of it, such as lora_r4, 0.8*lora_r1 or 0.8"
-        raise WaraError("config", f"budget {text!r} is not understood", "adapter.budget", remedy)
+        raise WaraError("config", f"budget {shown} is not understood", "adapter.budget", remedy)
     return multiple
 
 
@@ -246,6 +258,14 @@ class TargetedMethod(Method):
         wrong = target_fault(value) if isinstance(value, str | list | tuple) else None
         if wrong:
             raise fault(*wrong)
+        return value
+
+    @field_validator("blocks")
+    @classmethod
+    def _plausible(cls, value: str | int | tuple[int, ...]) -> str | int | tuple[int, ...]:
+        numbers = () if isinstance(value, str) else (value,) if isinstance(value, int) else value
+        if any(not 0 <= number <= _MOST_BLOCK for number in numbers):
+            raise fault(f"no model has such a block, of 0 to {_MOST_BLOCK}", "count blocks from 0")
         return value
 
     @field_validator("budget")

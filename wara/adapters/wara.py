@@ -14,6 +14,7 @@ from wara.adapters.base import LinearAdapter, TokenDomainLayer, is_skeleton, opt
 from wara.adapters.lora import DROPOUT, MOST_RANK, LoRALayer, LowRankLayer, LowRankMethod
 from wara.adapters.targets import Target
 from wara.errors import WaraError
+from wara.memory import check_memory
 from wara.vit import token_layout
 from wara.wavelets import Boundary, SubbandMixer, WaveletName
 
@@ -316,8 +317,24 @@ class TinyWaRA(SubbandMethod):
         shared = {"subband": 1, "layer": cores * min(groups), "model": cores * sum(groups)}
         return 1, shared[self.share] * self.rank**2
 
+    def check_size(self, targets: Sequence[Target]) -> None:
+        """Refuse more coefficients than a weight has entries, and directions that do not fit.
+
+        Raises:
+            WaraError: kind `config` or `resources`.
+        """
+        entries = min(o * d for target in targets for o, d in target.shapes)
+        what = f"coefficients is {self.coefficients}, and a matrix has {entries} entries"
+        require(self.coefficients <= entries, what, "coefficients", f"set at most {entries}")
+        subbands = 1 if self.share == "subband" else 3 * self.level + 1
+        groups = sum(len(target.rows) for target in targets)
+        needed = 4 * groups * subbands * self.coefficients * self.rank**2
+        remedy = "lower adapter.coefficients or adapter.rank"
+        check_memory(needed, "the fixed directions", "adapter.coefficients", remedy)
+
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target, all with the same transform."""
+        self.check_size(targets)
         tokens = self.tokens(model)
         generator = torch.Generator().manual_seed(self.seed)
         subbands, u, r = len(tokens.mixer.names), self.coefficients, self.rank

@@ -24,6 +24,7 @@ from wara.vit import block_names, classifiers, pair
 
 _SCALE = re.compile(r"blocks\.\d+\.(ls1\.gamma|gamma_1)$")
 _QKV_BIAS = re.compile(r"blocks\.\d+\.attn\.qkv\.bias$")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Parts beside the encoder that training code saves with it.
 _FOREIGN = re.compile(
     r"(.*head.*|.*decoder.*|mask_.*|fc\d*|classif.*|pre_logits|proj.*|predict.*|pooler|text.*|"
@@ -215,7 +216,7 @@ def _of_no_use(
 
 def _check_values(state: Mapping[str, Tensor], path: Path) -> None:
     for name, value in state.items():
-        if not value.is_floating_point():
+        if value.dtype not in _FLOATS:
             what = f"{name} holds {str(value.dtype).removeprefix('torch.')}, not weights"
             remedy = "give the weights as they were before quantisation"
             raise WaraError("artefact", what, str(path), remedy)
@@ -258,8 +259,8 @@ def _convert(
         state["mask_token"] = torch.zeros(1)
     try:
         return _conversion(architecture)(state, model)
-    except (KeyError, AttributeError, TypeError, IndexError, RuntimeError) as error:
-        # timm's conversions take the right architecture for granted.
+    # timm's conversions take the right architecture for granted.
+    except Exception as error:
         what = f"the weights are not those of backbone {architecture}"
         raise WaraError("artefact", what, str(path), _hint({})) from error
 

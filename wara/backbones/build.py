@@ -21,6 +21,7 @@ from wara.backbones.names import NANO, Named, resolve
 from wara.backbones.reading import read_checkpoint
 from wara.backbones.statistics import Statistics
 from wara.errors import WaraError
+from wara.memory import check_memory
 from wara.storage import file_sha256
 from wara.vit import BackboneInfo, Source, pair, token_layout
 
@@ -31,6 +32,9 @@ NANO_ARCHITECTURE: dict[str, int] = {
     "depth": 6,
     "num_heads": 4,
 }
+_MOST_BLOCKS = 1000
+MOST_CLASSES = 100_000
+"""Outputs of a classifier, as many as a card may name."""
 NANO_DATA: dict[str, Any] = {
     "input_size": (3, 112, 112),
     "mean": (0.5, 0.5, 0.5),
@@ -101,6 +105,9 @@ def build_backbone(
         WaraError: kind `config` for an unknown name or a size that does not fit the patches, `data`
             for weights that are missing, `artefact` for weights that do not fit.
     """
+    if not 0 <= num_classes <= MOST_CLASSES:
+        what = f"num_classes is {num_classes}"
+        raise WaraError("config", what, "classes", f"give 0 to {MOST_CLASSES} outputs")
     requested, named = name, resolve(name)
     given = dict(options or {})
     _check_options(given)
@@ -139,6 +146,7 @@ def build_backbone(
     chosen, pool = agree.implied(probe, found, chosen, pool, usual_pool, weight.path)
     if pool is not None:
         wanted["global_pool"] = pool
+    _check_size(architecture, {**chosen, **wanted})
     model = _create(architecture, {**chosen, **wanted})
     agree.check(model, found, beside, architecture, weight.path)
     left_out = agree.load(model, found, architecture, weight.path)
@@ -247,6 +255,10 @@ def _check_options(options: Mapping[str, Any]) -> None:
     for key in options:
         if key in _RESERVED:
             raise WaraError("config", f"no option '{key}'", "backbone.options", _RESERVED[key])
+    depth = options.get("depth")
+    if isinstance(depth, int) and depth > _MOST_BLOCKS:  # even without numbers it takes minutes
+        what = f"depth is {depth}"
+        raise WaraError("config", what, "backbone.options", f"set at most {_MOST_BLOCKS}")
 
 
 def _three(values: Sequence[float] | None, name: str) -> tuple[float, float, float]:
@@ -296,6 +308,18 @@ def _probe(architecture: str, options: Mapping[str, Any]) -> Any:
     """Return the model without memory for its weights."""
     with torch.device("meta"):
         return _create(architecture, options)
+
+
+def _check_size(architecture: str, options: Mapping[str, Any]) -> None:
+    """Refuse a model that memory cannot hold, before it is made.
+
+    Raises:
+        WaraError: kind `resources`.
+    """
+    own = _probe(architecture, options).state_dict().values()
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in own)
+    remedy = "choose a smaller backbone, img_size or option of it"
+    check_memory(needed, "the backbone", f"backbone {architecture}, {dict(options)}", remedy)
 
 
 def _create(architecture: str, options: Mapping[str, Any]) -> Any:

@@ -21,7 +21,9 @@ class BackboneCard(Section):
     title: str = Field(description="One line for lists.")
     architecture: str = Field(description="timm's name of it.")
     options: dict[str, Any] = Field({}, description="Arguments of its construction.")
-    img_size: int = Field(description="Side of the images that it is usually given, in pixels.")
+    img_size: int = Field(
+        ge=8, le=4096, description="Side of the images that it is usually given, in pixels."
+    )
     pool: Literal["token", "avg"] = Field(description="How its authors pool its features.")
     mean: Channels = Field(description="Per channel, of images in [0, 1].")
     std: Channels = Field(description="Per channel, of images in [0, 1].")

@@ -120,6 +120,8 @@ LAYOUTS = (
 # self-distillation, the moving average of a training.
 _EVALUATED = {"teacher", "ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict"}
 _WRAPPED = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_DEEPEST = 32
+_STATE_DICT = "give the state dict of the network, as .safetensors"
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
 
 
@@ -157,10 +159,14 @@ def find(content: Any, path: Path, part: str | None = None) -> Found:
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    for name, value in _flat(content):
+    for name, value in _flat(content, path):
         (tensors if isinstance(value, Tensor) else numbers)[_WRAPPED.sub("", name)] = value
     prefix, layout = _choose(tensors, path, part)
     own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    for name, value in own.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            what = f"{name} is no plain tensor"
+            raise WaraError("artefact", what, str(path), _STATE_DICT)
     others = [key for key in tensors if not key.startswith(prefix)]
     told = {value for key, value in numbers.items() if key.rpartition(".")[2] in _HEADS}
     heads = next(iter(told)) if len(told) == 1 else None
@@ -174,14 +180,17 @@ def find(content: Any, path: Path, part: str | None = None) -> Found:
     )
 
 
-def _flat(content: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(content: Any, path: Path, before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield tensors and plain numbers by their dotted names."""
     if not isinstance(content, Mapping):
         return
+    if depth > _DEEPEST:  # a mapping may even hold itself
+        what = f"mappings that nest more than {_DEEPEST} deep"
+        raise WaraError("artefact", what, str(path), _STATE_DICT)
     for key, value in content.items():
         name = f"{before}{key}"
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
+            yield from _flat(value, path, f"{name}.", depth + 1)
         elif isinstance(value, Tensor | int):
             yield name, value
 
@@ -247,8 +256,9 @@ def fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, parts in thirds.items():
         if name.endswith("bias") and "k" not in parts and "q" in parts:
             parts["k"] = torch.zeros_like(parts["q"])
-        if set(parts) == set("qkv"):
-            joined[name] = torch.cat([parts[which] for which in "qkv"])
+        # Those of different width are left apart, and told by name as unknown.
+        if set(parts) == set("qkv") and len({(p.ndim, *p.shape[1:]) for p in parts.values()}) == 1:
+            joined[name] = torch.cat([torch.atleast_1d(parts[which]) for which in "qkv"])
         else:
             joined.update({f"{name}.{which}": part for which, part in parts.items()})
     return joined

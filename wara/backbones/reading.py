@@ -7,13 +7,12 @@ that names any other class or function is refused, with all their names.
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wara.errors import WaraError
@@ -21,9 +20,11 @@ from wara.storage import open_regular
 
 _ORIGINAL = "copy the file again from its origin"
 _STATE = "ask its maker for the state dict alone, as .safetensors"
-# What the parsers of damaged files raise is no contract of theirs.
-_DAMAGE = (UnpicklingError, SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError,
-           IndexError, TypeError, AttributeError, AssertionError, zipfile.BadZipFile)  # fmt: skip
+# The system does not give the file; what is in it may well be sound.
+_WITHHELD = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE,
+             errno.ENFILE)  # fmt: skip
+# Words of torch where it tells how to switch its safety off.
+_ADVICE = ("weights_only", "safe_globals", "trust")
 # How files begin that are no weights, or not of a kind that is read here.
 _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull` there"),
@@ -109,14 +110,14 @@ def read_checkpoint(path: Path) -> Any:
         path: safetensors, or what `torch.save` writes; the content decides, not the name.
 
     Raises:
-        WaraError: kind `artefact` for a file that is damaged, of another kind, or names code.
+        WaraError: kind `artefact` for a file that is damaged, of another kind, or names code;
+            `storage` where the system does not let it be read.
     """
     try:
         with open_regular(path) as file:
             start = file.read(32)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise WaraError("artefact", f"cannot read: {reason}", str(path), "check the file") from None
+        raise _unreadable(error, path) from error
     # A safetensors file starts with the length of its JSON header, in 8 bytes.
     safetensors = start[8:9] == b"{"
     if not safetensors:
@@ -126,13 +127,18 @@ def read_checkpoint(path: Path) -> Any:
             return load_file(path)
         with torch.serialization.safe_globals(_INERT):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
+    # What the parsers of damaged files raise is no contract of theirs.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _WITHHELD:
+            raise _unreadable(error, path) from error
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise
         foreign = _foreign(path, error)
         if foreign:
             what = f"the file names code that is not run here: {', '.join(foreign)}"
             raise WaraError("artefact", what, str(path), _STATE) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "weights_only" not in reason:
+        if not any(word in reason for word in _ADVICE):
             what = f"cannot read the weights: {reason}"
             raise WaraError("artefact", what, str(path), _ORIGINAL) from error
         # What follows in torch's message is advice on how to switch its safety off.
@@ -141,6 +147,11 @@ def read_checkpoint(path: Path) -> Any:
             raise WaraError("artefact", what, str(path), _STATE) from error
         what = "cannot read the weights: not a whole file of torch.save"
         raise WaraError("artefact", what, str(path), _ORIGINAL) from error
+
+
+def _unreadable(error: OSError, path: Path) -> WaraError:
+    what = f"cannot read the weights: {error.strerror or type(error).__name__}"
+    return WaraError("storage", what, str(path), "check the disk and the permissions")
 
 
 def _refuse_others(path: Path, start: bytes) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from wara.deploy.verbs import Verb
 from wara.errors import WaraError, suggest
+from wara.flags import MOST_WORKERS, real, whole
 
 if TYPE_CHECKING:
     from wara.compare.grid import Request, Tuning
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 ReadConfig = Callable[[str, Sequence[str]], "RunConfig"]
 _TUNED = ("lr", "weight_decay")
+_MOST_TRIED = 15
+_MOST = 1000
+_MOST_REPEATS = 10_000
 
 
 def compare_verb(read_config: ReadConfig) -> Verb:
@@ -42,7 +46,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", required=True, metavar="A,B,…", help="methods (see `wara methods`)")
     add("--datasets", metavar="A,B,…", help="data sets in place of the config's")
     add("--seeds", default="3", metavar="N|A,B,…", help="number of seeds, or seeds (default: 3)")
-    add("--splits", type=int, default=1, metavar="K", help="number of splits (default: 1)")
+    splits, jobs = whole("--splits", 1, _MOST), whole("--jobs", 1, MOST_WORKERS)
+    add("--splits", type=splits, default=1, metavar="K", help="number of splits (default: 1)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder; the same one goes on")
     add("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
         help="change one key of the configs; may be repeated")  # fmt: skip
@@ -57,17 +62,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="reference rows (default: majority,linear_probe,full)")  # fmt: skip
     add("--reference", default="lora", metavar="METHOD|none",
         help="what differences are tested against (default: lora)")  # fmt: skip
-    add("--rope", type=float, default=0.01, metavar="X",
+    add("--rope", type=real("--rope", 0, 1e6), default=0.01, metavar="X",
         help="smallest difference that means something (default: 0.01)")  # fmt: skip
     add("--metric", default="auc_macro", metavar="NAME", help="what is compared")
     add("--plan", action="store_true", help="print the grid, the runs and the time, and stop")
     add("--audit", action="store_true",
         help="say what choosing the epoch on the test images would have gained")  # fmt: skip
-    add("--jobs", type=int, default=1, metavar="N",
+    add("--jobs", type=jobs, default=1, metavar="N",
         help="cells at a time, which share the cores (default: 1)")  # fmt: skip
     add("--launcher", choices=("local", "ray"), default="local", help="who runs the cells")
     add("--ray-address", metavar="ADDRESS", help="of a Ray cluster (default: one is started here)")
-    add("--ray-gpus", type=float, default=0.0, metavar="X", help="GPUs of each cell, for Ray")
+    add("--ray-gpus", type=real("--ray-gpus", 0, 1024), default=0.0, metavar="X",
+        help="GPUs of each cell, for Ray")  # fmt: skip
 
 
 def _compare(read_config: ReadConfig, arguments: argparse.Namespace) -> None:
@@ -86,11 +92,11 @@ def request_of(arguments: argparse.Namespace, read_config: ReadConfig) -> Reques
     Raises:
         WaraError: kind "usage" for words that are none of those known, kind "config" for configs.
     """
-    splits, jobs = arguments.splits, arguments.jobs
-    for flag, number in (("--splits", splits), ("--jobs", jobs)):
-        if number < 1:
-            raise WaraError("usage", f"{flag} is {number}", "", "take 1 or more")
     seeds = _seeds(arguments.seeds)
+    if len(seeds) * arguments.splits > _MOST_REPEATS:
+        what = f"{len(seeds)} seeds on each of {arguments.splits} splits"
+        remedy = f"at most {_MOST_REPEATS} runs of a method are compared"
+        raise WaraError("usage", what, "--seeds, --splits", remedy)
     beside = () if arguments.beside == "none" else tuple(_words(arguments.beside, "--beside"))
     budgets: tuple[str | None, ...] = (arguments.budget,)
     if arguments.sweep_budget:
@@ -114,7 +120,7 @@ def request_of(arguments: argparse.Namespace, read_config: ReadConfig) -> Reques
         configs=tuple(configs),
         methods=tuple(_words(arguments.methods, "--methods")),
         seeds=seeds,
-        splits=splits,
+        splits=arguments.splits,
         out=arguments.out.expanduser(),
         budgets=budgets,
         train=train,
@@ -146,15 +152,21 @@ def _words(text: str, flag: str) -> list[str]:
 
 def _seeds(text: str) -> tuple[int, ...]:
     words = _words(text, "--seeds")
-    if not all(word.isdecimal() for word in words) or words == ["0"]:
-        remedy = "write how many (5), or which (0,1,7)"
+    most = _MOST if len(words) == 1 else 2**32 - 1
+    if not all(_is_whole(word, most) for word in words) or words == ["0"]:
+        remedy = f"write how many (5, at most {_MOST}), or which (0,1,7, below 2**32)"
         raise WaraError("usage", f"seeds '{text}' are not understood", "--seeds", remedy)
     return tuple(range(int(words[0]))) if len(words) == 1 else tuple(map(int, words))
 
 
+def _is_whole(word: str, most: int) -> bool:
+    # By digits first: Python refuses to read thousands of them.
+    return word.isdecimal() and len(word) <= len(str(most)) and int(word) <= most
+
+
 def _sizes(text: str) -> list[int | None]:
     words = _words(text, "--sweep-train")
-    if not all(word == "all" or (word.isdecimal() and int(word) > 1) for word in words):
+    if not all(word == "all" or (_is_whole(word, 10**9) and int(word) > 1) for word in words):
         remedy = "write numbers of images above 1, and all: 25,50,all"
         raise WaraError("usage", f"sizes '{text}' are not understood", "--sweep-train", remedy)
     return [None if word == "all" else int(word) for word in words]
@@ -166,8 +178,9 @@ def _tuning(text: str) -> Tuning:
         name, _, count = part.partition("=")
         if name not in _TUNED:
             raise WaraError("usage", f"'{name}' is not tuned", "--tune", suggest(name, _TUNED))
-        if not count.isdecimal() or int(count) % 2 == 0 or name in found:
-            what, remedy = f"'{part}' is not understood", "write an odd number, as in lr=3"
+        if not _is_whole(count, _MOST_TRIED) or int(count) % 2 == 0 or name in found:
+            what = f"'{part}' is not understood"
+            remedy = f"write an odd number up to {_MOST_TRIED}, as in lr=3"
             raise WaraError("usage", what, "--tune", remedy)
         found[name] = int(count)
     from wara.compare.grid import Tuning

@@ -22,12 +22,25 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from wara.adapters import Method, read_method, section_of
-from wara.cards import Augmentation, Bits, Greys, Modality
+from wara.cards import MOST_PHANTOMS, Augmentation, Bits, Greys, Modality
 from wara.schema import Section, fault
 from wara.vit import Channels
 
+# Bounds are far above what anybody trains with: a slip of the keyboard must not become an
+# allocation or a run without end. What a model or a machine cannot take is refused where it is met.
+MOST_RATE = 1e3
+MOST_OPTION = 100_000
+LARGEST_SIDE = 4096
+"""Of an image in pixels, as in `wara.deploy.contents`: what is trained can be served."""
+
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-Option = bool | int | float | str | list[int]
+Option = (
+    bool
+    | Annotated[int, Field(ge=-MOST_OPTION, le=MOST_OPTION)]
+    | Annotated[float, Field(ge=-MOST_OPTION, le=MOST_OPTION)]
+    | str
+    | list[Annotated[int, Field(ge=-MOST_OPTION, le=MOST_OPTION)]]
+)
 
 
 class BackboneConfig(Section):
@@ -80,8 +93,12 @@ class BackboneConfig(Section):
     @classmethod
     def _side_or_pair(cls, value: Any) -> Any:
         sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-        if value is not None and not all(type(side) is int and side >= 8 for side in sides):
-            raise PydanticCustomError("size", "a whole number of at least 8, or two of them")
+        fits = all(type(side) is int and 8 <= side <= LARGEST_SIDE for side in sides)
+        if value is not None and not fits:
+            limit = {"most": LARGEST_SIDE}
+            raise PydanticCustomError(
+                "size", "a whole number from 8 to {most}, or two of them", limit
+            )
         return tuple(value) if isinstance(value, list) else value
 
 
@@ -104,14 +121,17 @@ class DataConfig(Section):
         description="Folder that images may lie below, links followed; null: the data set's own.",
     )
     images: int | None = Field(
-        None, ge=1, description="Phantom images drawn in total; null: what the card says."
+        None, ge=1, le=MOST_PHANTOMS,
+        description="Phantom images drawn in total; null: what the card says.",
     )
     val_fraction: float = Field(0.15, gt=0, lt=1, description="Share for validation if not split.")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="Share for the test if not split.")
     train_images: int | None = Field(
-        None, ge=2, description="Training images kept, about so many; null: all."
+        None, ge=2, le=10**9, description="Training images kept, about so many; null: all."
     )
-    split_seed: int = Field(0, ge=0, description="Seed of the split, apart from the run's seed.")
+    split_seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the split, apart from the run's seed."
+    )
     modality: Modality | None = Field(
         None, description="What images without a card show; null: not known, little is augmented."
     )
@@ -125,15 +145,18 @@ class DataConfig(Section):
         "auto", description="Training images: auto (what the card says), off, or a preset."
     )
     views: int | None = Field(
-        None, ge=1, description="Augmented views per training image; null: new ones every epoch."
+        None, ge=1, le=10_000,
+        description="Augmented views per training image; null: new ones every epoch.",
     )
     trunk: Literal["off", "cache"] = Field(
         "off", description="cache: keep what frozen lower blocks give, for all runs; 4 views."
     )
     cache_limit: float = Field(
-        20.0, gt=0, description="Most GB that a run may keep so; above, it is refused."
+        20.0, gt=0, le=1e6, description="Most GB that a run may keep so; above, it is refused."
     )
-    workers: int = Field(0, ge=0, description="Processes that load images; results do not change.")
+    workers: int = Field(
+        0, ge=0, le=1024, description="Processes that load images; results do not change."
+    )
 
     @property
     def counted_views(self) -> int | None:
@@ -201,42 +224,59 @@ class RunConfig(Section):
             "weighted above 3 negatives to one."
         ),
     )
-    focal_gamma: float = Field(2.0, ge=0, description="Focusing exponent of the focal loss.")
+    focal_gamma: float = Field(
+        2.0, ge=0, le=100, description="Focusing exponent of the focal loss."
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss.")
     max_class_weight: float | None = Field(
-        100.0, ge=1, description="Largest weight of a rare class in the loss; null: no limit."
+        100.0, ge=1, le=1e6,
+        description="Largest weight of a rare class in the loss; null: no limit.",
     )
 
-    epochs: int = Field(12, ge=1, description="Passes over the training images.")
-    batch_size: int = Field(32, ge=1, description="Images per batch, over all devices together.")
-    accumulate: int = Field(1, ge=1, description="Batches per optimiser step.")
+    epochs: int = Field(12, ge=1, le=100_000, description="Passes over the training images.")
+    batch_size: int = Field(
+        32, ge=1, le=100_000, description="Images per batch, over all devices together."
+    )
+    accumulate: int = Field(1, ge=1, le=100_000, description="Batches per optimiser step.")
     lr: float | None = Field(
-        None, ge=0, description="Peak learning rate of what the method trains; null: its own."
+        None, ge=0, le=MOST_RATE,
+        description="Peak learning rate of what the method trains; null: its own.",
     )
     lr_core: float | None = Field(
-        None, ge=0, description="That of the cores, beside an adapter; null: the method's."
+        None, ge=0, le=MOST_RATE,
+        description="That of the cores, beside an adapter; null: the method's.",
     )
     lr_head: float | None = Field(
-        None, ge=0, description="That of the head, beside a method; null: the method's."
+        None, ge=0, le=MOST_RATE,
+        description="That of the head, beside a method; null: the method's.",
     )
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
-    warmup_epochs: float = Field(1.0, ge=0, description="Linear warm-up before the cosine.")
-    clip_grad: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: any.")
+    weight_decay: float = Field(0.01, ge=0, le=MOST_RATE, description="Weight decay of AdamW.")
+    warmup_epochs: float = Field(
+        1.0, ge=0, le=100_000, description="Linear warm-up before the cosine."
+    )
+    clip_grad: float | None = Field(
+        1.0, gt=0, le=1e9, description="Largest gradient norm; null: any."
+    )
     amp: Literal["auto", "off", "bf16"] = Field(
         "auto", description="Mixed precision; auto: bf16 where the hardware has it."
     )
     compile: bool = Field(False, description="Run the model through torch.compile.")
-    devices: int = Field(1, ge=1, description="Processes that train together (DDP above 1).")
+    devices: int = Field(
+        1, ge=1, le=1024, description="Processes that train together (DDP above 1)."
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train.")
     deterministic: bool = Field(True, description="Only deterministic kernels.")
 
     patience: int | None = Field(
-        None, ge=1, description="Epochs without a better monitor before stopping; null: never."
+        None, ge=1, le=100_000,
+        description="Epochs without a better monitor before stopping; null: never.",
     )
     monitor: Literal["auc_macro", "accuracy", "balanced_accuracy", "f1_macro", "qwk"] = Field(
         "auc_macro", description="Validation metric that picks the best checkpoint."
     )
-    bootstrap: int = Field(1000, ge=0, description="Resamples behind each 95 % interval.")
+    bootstrap: int = Field(
+        1000, ge=0, le=100_000, description="Resamples behind each 95 % interval."
+    )
 
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
     tensorboard: bool = Field(False, description="Write TensorBoard files too.")

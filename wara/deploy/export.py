@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save
 
 import wara
+from wara.cards import told_of
 from wara.data.imageset import ImageSet
 from wara.data.sources import open_source
 from wara.deploy import card, parity
@@ -33,9 +34,9 @@ from wara.storage import new_folder
 
 # What a bundle is run by, in the folder `wara` of a bundle but for the two that people look for.
 SHIPPED = (
-    "errors.py", "storage.py", "dicom.py", "data/litter.py", "data/walk.py", "deploy/bundle.py",
-    "deploy/contents.py", "deploy/inputs.py", "deploy/onnx_check.py", "deploy/output.py",
-    "deploy/places.py",
+    "errors.py", "flags.py", "storage.py", "dicom.py", "data/litter.py", "data/walk.py",
+    "deploy/bundle.py", "deploy/contents.py", "deploy/inputs.py", "deploy/onnx_check.py",
+    "deploy/output.py", "deploy/places.py",
     "deploy/predictor.py", "deploy/sr.py", "deploy/trace.py",
 )  # fmt: skip
 AT_THE_TOP = ("images.py", "deploy/infer.py")
@@ -157,7 +158,7 @@ class _Export:
             "version": VERSION,
             "wara": wara.__version__,
             "created": utc_now(),
-            "name": run.metrics["dataset"] + "_" + run.metrics["method"],
+            "name": f"{told_of(self.images.card)[0]}_{run.metrics['method']}",
             "synthetic": run.synthetic,
             "task": run.task,
             "classes": [
@@ -242,9 +243,10 @@ class _Export:
         """What the model learnt from, without a path or a name of a file."""
         data = self.run.provenance["data"]
         card_ = self.images.card
+        name, title = told_of(card_)
         return {
-            "name": self.run.metrics["dataset"],
-            "title": card_.title,
+            "name": name,
+            "title": title,
             "modality": card_.modality,
             "images": {name: len(indices) for name, indices in self.splits.items()},
             "sha256": data["sha256"],

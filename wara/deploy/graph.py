@@ -155,6 +155,25 @@ def export_onnx(model: nn.Module, size: tuple[int, int], path: Path) -> None:
             dynamo=True,
             verbose=False,
         )
+    _forget_origin(path)
+
+
+def _forget_origin(path: Path) -> None:
+    """Take notes for debugging out of a graph, in place.
+
+    torch notes for each node the lines of code that it comes from, with the folder that they lie in
+    here, which often bears the name of a user.
+    """
+    import onnx
+
+    model: Any = onnx.load(str(path))
+    parts = [model, model.graph, *model.functions]
+    for graph in (model.graph, *model.functions):
+        parts += [*graph.node, *graph.value_info]
+    for part in (*parts, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    onnx.save(model, str(path))
 
 
 class _Calibration:

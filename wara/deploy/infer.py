@@ -32,6 +32,8 @@ _OLDEST = (3, 11)  # of Python, for all files of a bundle
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `infer.py` and `wara predict` have in common."""
+    from wara.flags import MOST_BATCH, MOST_WORKERS, whole
+
     add = parser.add_argument
     add(
         "paths",
@@ -45,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("csv", "jsonl", "json"),
         help="form of the rows (default: by the ending of --out, else csv)",
     )
-    add("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: 8)")
-    add("--workers", type=int, metavar="N", help="threads that read images (default: all)")
+    batch, workers = whole("--batch-size", 1, MOST_BATCH), whole("--workers", 1, MOST_WORKERS)
+    add("--batch-size", type=batch, default=8, metavar="N", help="images at a time (default: 8)")
+    add("--workers", type=workers, metavar="N", help="threads that read images (default: all)")
     add(
         "--abstain-on",
         action="append",
@@ -202,9 +205,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
     if arguments.out is None:
         raise WaraError("usage", "no place for the rows", "", "give --out predictions.csv")
-    for name, value in (("--batch-size", arguments.batch_size), ("--workers", arguments.workers)):
-        if value is not None and value < 1:
-            raise WaraError("usage", f"{name} is {value}", "", "give at least 1")
 
 
 def _check_places(arguments: argparse.Namespace, inputs: Iterable[Path]) -> None:
@@ -333,14 +333,15 @@ def main(words: Sequence[str] | None = None) -> int:
         text = f"folder of {name} files, as a MONAI Application Package is called"
         parser.add_argument(flag, dest=name, type=Path, metavar="DIR", help=text)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-    arguments = parser.parse_args(words)
+    arguments: argparse.Namespace | None = None
     try:
+        arguments = parser.parse_args(words)
         if not serve(_HERE, arguments):
             predict(_HERE, arguments)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if arguments.debug:
+        if getattr(arguments, "debug", False):
             traceback.print_exception(error)
         refusal = as_refusal(error)
         print(refusal, file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wara.deploy import infer
+from wara.flags import MOST_BATCH, real, whole
 
 
 class Verb(NamedTuple):
@@ -39,7 +40,7 @@ def _point_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("sensitivity", "specificity"):
         either.add_argument(
             f"--{name}",
-            type=float,
+            type=real(f"--{name}", 0, 1),
             metavar="S",
             help=f"operating point: the threshold that reaches this {name}",
         )
@@ -107,7 +108,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS[,CLASS]",
         help="classes of the decision curve, where the model has no operating point",
     )
-    add("--batch-size", type=int, default=16, metavar="N", help="images at a time (default: 16)")
+    batch = whole("--batch-size", 1, MOST_BATCH)
+    add("--batch-size", type=batch, default=16, metavar="N", help="images at a time (default: 16)")
     add("--allow-partial", action="store_true", help="images that cannot be used are no failure")
 
 

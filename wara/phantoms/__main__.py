@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from wara.errors import WaraError
+from wara.flags import whole
 from wara.phantoms import MODALITIES, classes, draw
 
 
@@ -37,12 +40,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wara.phantoms", description=__doc__)
     parser.add_argument("--modality", choices=list(MODALITIES), default="fundus")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--columns", type=int, default=8)
-    parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--seed", type=whole("--seed", 0, 2**32 - 1), default=0)
+    parser.add_argument("--columns", type=whole("--columns", 1, 100), default=8)
+    parser.add_argument("--size", type=whole("--size", 16, 1024), default=112)
     args = parser.parse_args()
     contact_sheet(args.modality, args.seed, args.columns, args.size).save(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except WaraError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

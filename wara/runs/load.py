@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from wara.adapters import AdapterFile, load_adapter, read_adapter
+from wara.adapters.files import CONFIG_FILE
 from wara.backbones import rebuild
 from wara.config import RunConfig, load_config
 from wara.errors import WaraError
@@ -17,6 +18,8 @@ from wara.runs.folder import RunFolder
 from wara.runs.records import (
     MetricsFile,
     ProvenanceFile,
+    check_seal,
+    check_sealed,
     other_writer,
     read_record,
     writer_of,
@@ -105,15 +108,25 @@ class Run:
     def predictions(self, split: str) -> PredictionTable:
         """Return the predictions for `val` or `test`."""
         path = self.folder.predictions(split)
-        return read_predictions(path, classes=self.classes, task=self.task)
+        found = read_predictions(path, classes=self.classes, task=self.task)
+        self._check(path.name)
+        return found
 
     def splits(self) -> list[SplitRow]:
         """Return what each image is, and which split it is in."""
-        return read_splits(self.folder.splits, classes=self.classes, task=self.task)
+        found = read_splits(self.folder.splits, classes=self.classes, task=self.task)
+        self._check(self.folder.splits.name)
+        return found
 
     def curves(self) -> list[dict[str, float | None]]:
         """Return the metrics of each epoch."""
-        return read_curves(self.folder.curves)
+        found = read_curves(self.folder.curves)
+        self._check(self.folder.curves.name)
+        return found
+
+    def _check(self, name: str) -> None:
+        """Refuse a table that was changed since; called once it is known to be one."""
+        check_sealed(self.provenance, self.folder.path, name)
 
     def _weights(self) -> str | None:
         """Return where the run found the backbone's weights, when the user had named a file."""
@@ -162,4 +175,7 @@ def _read(run: RunFolder, provenance: dict[str, Any]) -> Run:
     if adapter.backbone is None or not adapter.classes or adapter.task is None:
         what = "the adapter does not say what it was trained for"
         raise WaraError("artefact", what, str(run.adapter), AS_WRITTEN)
+    check_seal(provenance, run.provenance)
+    for name in (run.config.name, run.metrics.name, f"{run.adapter.name}/{CONFIG_FILE}"):
+        check_sealed(provenance, run.path, name)
     return Run(run, config, adapter, metrics, provenance)

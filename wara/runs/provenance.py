@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import wara
-from wara.storage import read_json, write_json
+from wara.runs.records import sealed_files
+from wara.storage import canonical_sha256, read_json, write_json
 
 _PACKAGES = (
     "torch", "torchvision", "timm", "pytorch-lightning", "ptwt", "PyWavelets", "numpy",
@@ -68,8 +69,15 @@ class Provenance:
         return str(self.content["wandb_run"])
 
     def end(self, status: str) -> None:
-        """Note how the run ended: `interrupted`, `failed` or `finished`."""
+        """Note how the run ended: `interrupted`, `failed` or `finished`.
+
+        A finished run is sealed: the file holds the SHA-256 of those that say what came of it, and
+        one of its own content.
+        """
         self.content |= {"status": status, "ended": utc_now()}
+        if status == "finished":
+            self.content["files"] = sealed_files(self.path.parent)
+            self.content["sha256"] = canonical_sha256(self.content)
         self.write()
 
 
@@ -138,11 +146,11 @@ def commit() -> dict[str, Any] | None:
     if git is None or not (root / ".git").exists():
         return None
     try:
-        head = subprocess.run(
+        head = subprocess.run(  # noqa: S603  (git by its full path)
             [git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10,
             check=True,
         ).stdout.strip()  # fmt: skip
-        changed = subprocess.run(
+        changed = subprocess.run(  # noqa: S603
             [git, "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True,
             text=True, timeout=10, check=True,
         ).stdout.strip()  # fmt: skip

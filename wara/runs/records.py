@@ -12,7 +12,7 @@ from wara import __version__
 from wara.errors import WaraError
 from wara.runs.tables import AS_WRITTEN
 from wara.schema import STRICT, faults_of
-from wara.storage import read_json
+from wara.storage import canonical_sha256, file_sha256, read_json
 
 
 class _Record(BaseModel):
@@ -23,10 +23,10 @@ class _Record(BaseModel):
 class Metric(_Record):
     """One number with its interval, or why it lacks it."""
 
-    value: float | None = Field(description="The number.")
-    low: float | None = Field(description="Lower end of its 95 % interval.")
-    high: float | None = Field(description="Upper end.")
-    n: int = Field(ge=0, description="Images behind it.")
+    value: float | None = Field(ge=-1e12, le=1e12, description="The number.")
+    low: float | None = Field(ge=-1e12, le=1e12, description="Lower end of its 95 % interval.")
+    high: float | None = Field(ge=-1e12, le=1e12, description="Upper end.")
+    n: int = Field(ge=0, le=10**12, description="Images behind it.")
     reason: str | None = Field(description="Why value or interval is missing.")
 
 
@@ -37,14 +37,16 @@ class MetricsFile(_Record):
     dataset: str = Field(description="Name of the data set.")
     backbone: str = Field(description="What was adapted.")
     method: str = Field(description="Name of the method.")
-    seed: int = Field(description="Seed of the run.")
-    adapter_params: int = Field(ge=0, description="Numbers that trained beside the head.")
-    head_params: int = Field(ge=0, description="Numbers of the head.")
-    epochs: int = Field(ge=0, description="Epochs trained.")
-    best_epoch: int = Field(ge=0, description="Epoch of the results.")
+    seed: int = Field(ge=0, lt=2**32, description="Seed of the run.")
+    adapter_params: int = Field(
+        ge=0, le=10**15, description="Numbers that trained beside the head."
+    )
+    head_params: int = Field(ge=0, le=10**15, description="Numbers of the head.")
+    epochs: int = Field(ge=0, le=100_000, description="Epochs trained.")
+    best_epoch: int = Field(ge=0, le=100_000, description="Epoch of the results.")
     monitor: str = Field(description="What picked it.")
-    seconds: float = Field(ge=0, description="Time of training.")
-    peak_memory_mb: float = Field(ge=0, description="Most memory used.")
+    seconds: float = Field(ge=0, le=1e12, description="Time of training.")
+    peak_memory_mb: float = Field(ge=0, le=1e12, description="Most memory used.")
     val: dict[str, Metric] = Field(description="Metrics of the validation images.")
     test: dict[str, Metric] = Field(description="Metrics of the test images.")
 
@@ -54,7 +56,7 @@ class ProvenanceFile(_Record):
 
     synthetic: bool = Field(description="Whether the images were drawn.")
     status: str = Field(description="How the run stands.")
-    seed: int = Field(description="Seed of the run.")
+    seed: int = Field(ge=0, lt=2**32, description="Seed of the run.")
     data: dict[str, Any] = Field(description="The images.")
     backbone: dict[str, Any] = Field(description="What was adapted.")
     versions: dict[str, str | None] = Field(description="Packages that wrote it.")
@@ -87,6 +89,49 @@ def read_record(path: Path, form: type[MetricsFile] | type[ProvenanceFile]) -> d
         what = f"not valid JSON: {' '.join(str(error).split())}"
         raise WaraError("artefact", what, str(path), AS_WRITTEN) from error
     return content
+
+
+SEALED = (
+    "config.yaml", "splits.csv", "metrics.csv", "metrics.json", "predictions_val.csv",
+    "predictions_test.csv", "adapter/adapter_config.json",
+)  # fmt: skip
+"""Files that say what came of a run; that of the adapter holds the hash of its tensors."""
+
+
+def sealed_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each of `SEALED`, for `provenance.json` of a finished run."""
+    return {name: file_sha256(folder / name) for name in SEALED if (folder / name).is_file()}
+
+
+def check_seal(provenance: dict[str, Any], path: Path) -> None:
+    """Refuse the provenance of a finished run that was changed since this version wrote it.
+
+    Raises:
+        WaraError: kind "artefact".
+    """
+    if other_writer(provenance):
+        return  # earlier versions did not seal, and later ones may do it otherwise
+    own = {key: value for key, value in provenance.items() if key != "sha256"}
+    if provenance.get("sha256") != canonical_sha256(own):
+        what = "it was changed since it was written: its checksum does not agree"
+        raise WaraError("artefact", what, str(path), AS_WRITTEN)
+
+
+def check_sealed(provenance: dict[str, Any], folder: Path, name: str) -> None:
+    """Refuse a file of a finished run that is not the one that it ended with.
+
+    Args:
+        provenance: of the run; one without hashes is of an earlier version.
+        folder: of the run.
+        name: one of `SEALED`.
+
+    Raises:
+        WaraError: kind "artefact".
+    """
+    said = provenance.get("files")
+    if isinstance(said, dict) and said.get(name) != file_sha256(folder / name):
+        what = "it was changed since the run ended: its checksum does not agree"
+        raise WaraError("artefact", what, str(folder / name), AS_WRITTEN)
 
 
 def writer_of(provenance: dict[str, Any]) -> str:
