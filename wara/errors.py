@@ -20,6 +20,10 @@ EXIT_CODES = {
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
+_NO_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 class WaraError(Exception):
@@ -95,6 +99,19 @@ def storage_error(error: OSError, path: object) -> WaraError:
     return WaraError("storage", f"cannot write: {reason}", str(path), remedy)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had, of the machine or of a GPU.
+
+    PyTorch has a class of its own for CUDA only; its CPU allocator raises a plain `RuntimeError`,
+    of which the message tells.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
 def as_refusal(error: BaseException) -> WaraError:
     """Return the one line for any exception.
 
@@ -108,11 +125,7 @@ def as_refusal(error: BaseException) -> WaraError:
     if isinstance(error, WaraError):
         return error
     message = re.sub(r"\s+", " ", str(error)).strip()
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in message
-    ):
+    if out_of_memory(error):
         remedy = "halve batch_size and double accumulate, or choose a smaller backbone or img_size"
         return WaraError("resources", "out of memory", "", remedy)
     if "DataLoader worker" in message and ("killed" in message or "exited" in message):
