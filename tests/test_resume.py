@@ -246,17 +246,17 @@ def test_another_number_of_threads_is_refused_or_recorded(
     run(half, resume=True, quiet=True)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "threads"])
-def test_every_named_fact_is_looked_at(half: RunConfig, name: str) -> None:
-    last = Path(half.out or "") / "checkpoints" / "last.ckpt"
+def test_every_named_fact_is_looked_at(whole: Path) -> None:
+    config, last = _config(whole), whole / "run" / "checkpoints" / "last.ckpt"
+    facts = facts_here(pick_device(config), config.devices)
     content = load_checkpoint(last)
-    content["facts"][name] = "another"
-    found = Last(last, content, "")
-    facts = facts_here(pick_device(half), half.devices)
-    with pytest.raises(WaraError, match=f"{name} was another and is") as caught:
-        changes_since(found, facts, [])
-    assert caught.value.exit_code == 2 and f"--allow-change {name}" in caught.value.remedy
-    assert changes_since(found, facts, [name]) == {name: ("another", facts[name])}
+    assert set(facts) == set(NAMES) and content["facts"] == facts
+    for name in NAMES:
+        found = Last(last, {**content, "facts": {**facts, name: "another"}}, "")
+        with pytest.raises(WaraError, match=f"{name} was another and is") as caught:
+            changes_since(found, facts, [])
+        assert caught.value.exit_code == 2 and f"--allow-change {name}" in caught.value.remedy
+        assert changes_since(found, facts, [name]) == {name: ("another", facts[name])}
 
 
 def test_resume_of_a_finished_run_does_nothing(whole: Path) -> None:
