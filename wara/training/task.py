@@ -193,7 +193,8 @@ class FineTuning(pl.LightningModule):
         When memory runs out, what the failed pass added is taken away, and the batch is done over
         in parts of half the size, as are all that follow. The loss stays the mean over the
         batch, so the gradient is the same up to rounding; dropout draws its numbers for each part,
-        from the same seed, so its masks are other ones of the same distribution.
+        from the same seed, so its masks are other ones of the same distribution. A head that
+        normalises over the batch does so over each part.
 
         Args:
             loss: what `training_step` returned, over the batches of a step.
@@ -212,8 +213,16 @@ class FineTuning(pl.LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         before = [None if first or p.grad is None else p.grad.clone() for p in parameters]
+        counted = [
+            (buffer, buffer.clone())
+            for module in self.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+            for buffer in module.buffers()
+        ]
         while not self._add_gradient(batch, size, loss):
             free_memory()
+            for buffer, value in counted:
+                buffer.copy_(value)
             if size == 1:
                 raise WaraError(
                     "resources", "out of memory with one image at a time", "", ONE_IMAGE
