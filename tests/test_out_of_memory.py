@@ -190,15 +190,23 @@ def test_what_says_that_memory_ran_out() -> None:
 
 
 def test_a_pass_that_failed_leaves_no_trace_in_running_statistics(
-    home: Path, tmp_path: Path
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts, training = [], []
+    started = FineTuning.on_train_epoch_start
+
+    def start(self: FineTuning) -> None:
+        started(self)
+        for module in self.modules():  # those of an adapter stand still, those of a head count
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.train()
 
     def watch(prepared: Prepared, epoch: int) -> None:
         training.append(len(prepared.indices("train")))
         norms = [m for m in prepared.model.modules() if isinstance(m, torch.nn.BatchNorm1d)]
         counts.append([int(norm.num_batches_tracked) for norm in norms])
 
+    monkeypatch.setattr(FineTuning, "on_train_epoch_start", start)
     Memory.images, Memory.in_backward = 4, True
     config = _config(home, tmp_path / "run", epochs=1, adapter={"count": True})
     run_here(config, quiet=True, watch=watch)
