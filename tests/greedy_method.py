@@ -42,19 +42,15 @@ class _Costly(torch.autograd.Function):
 class GreedyLayer(AdapterLayer):
     """`y = γ ⊙ norm(x)`, where memory lasts."""
 
-    def __init__(self, width: int, rate: float, count: bool) -> None:
+    def __init__(self, width: int, rate: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
         self.drop = nn.Dropout(rate)
-        # Looks at what passes, and changes nothing of it.
-        self.seen = nn.BatchNorm1d(width, affine=False) if count else None
 
     def forward(self, base: nn.Module, x: Tensor) -> Tensor:
         if not Memory.in_backward and (torch.is_grad_enabled() or not Memory.only_training):
             Memory.take(len(x))
         y = self.drop(base(x) * self.gamma)
-        if self.seen is not None:
-            self.seen(y.detach().mean(dim=1))
         # Going back, the head has its gradient by then.
         return _Costly.apply(y) if Memory.in_backward else y
 
@@ -68,10 +64,8 @@ class Greedy(Method):
     rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-2, "head": 2e-3}
 
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the outputs that are dropped.")
-    count: bool = Field(False, description="Whether to keep running statistics.")
     numbers: int = Field(1, ge=1, description="Numbers to make room for at the start.")
 
     def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
         torch.empty(self.numbers)
-        width = model.embed_dim
-        return {f"{block_names(model)[-1]}.norm1": GreedyLayer(width, self.dropout, self.count)}
+        return {f"{block_names(model)[-1]}.norm1": GreedyLayer(model.embed_dim, self.dropout)}

@@ -21,8 +21,6 @@ from wara.config import RunConfig
 from wara.errors import WaraError, as_refusal, out_of_memory
 from wara.evaluation.parts import Parts
 from wara.training.checkpoint import load_checkpoint
-from wara.training.run import run_here
-from wara.training.setup import Prepared
 from wara.training.signals import Stopped
 from wara.training.start import run
 from wara.training.task import FineTuning
@@ -187,28 +185,3 @@ def test_what_says_that_memory_ran_out() -> None:
     ]
     no = [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "full"), ValueError("out of memory")]
     assert all(map(out_of_memory, yes)) and not any(map(out_of_memory, no))
-
-
-def test_a_pass_that_failed_leaves_no_trace_in_running_statistics(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counts, training = [], []
-    started = FineTuning.on_train_epoch_start
-
-    def start(self: FineTuning) -> None:
-        started(self)
-        for module in self.modules():  # those of an adapter stand still, those of a head count
-            if isinstance(module, torch.nn.BatchNorm1d):
-                module.train()
-
-    def watch(prepared: Prepared, epoch: int) -> None:
-        training.append(len(prepared.indices("train")))
-        norms = [m for m in prepared.model.modules() if isinstance(m, torch.nn.BatchNorm1d)]
-        counts.append([int(norm.num_batches_tracked) for norm in norms])
-
-    monkeypatch.setattr(FineTuning, "on_train_epoch_start", start)
-    Memory.images, Memory.in_backward = 4, True
-    config = _config(home, tmp_path / "run", epochs=1, adapter={"count": True})
-    run_here(config, quiet=True, watch=watch)
-    whole, rest = divmod(training[0], 8)
-    assert counts == [[2 * whole + -(-rest // 4)]]
