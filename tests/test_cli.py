@@ -51,12 +51,16 @@ def test_train_hands_config_and_flags_to_the_run(ran):
     ((config, flags),) = ran
     assert (config.dataset, config.seed, config.adapter) == ("retinamnist", 3, wara.WaRA(rank=8))
     assert config.folder == Path("some: 'folder'")
-    assert flags == {"resume": False, "overwrite": True, "dry_run": False, "quiet": True}
+    flags_given = {"resume": False, "overwrite": True, "dry_run": False, "quiet": True}
+    assert flags == {**flags_given, "allow": []}
 
 
 def test_dry_run_and_resume_reach_the_run(ran):
-    assert cli.main(["train", "--cfg", "fundus_lora", "--resume", "--dry-run"]) == 0
-    assert ran[0][1] == {"resume": True, "overwrite": False, "dry_run": True, "quiet": False}
+    command = ["train", "--cfg", "fundus_lora", "--resume", "--dry-run", "--allow-change", "torch"]
+    assert cli.main(command) == 0
+    flags = {"resume": True, "overwrite": False, "dry_run": True, "quiet": False}
+    assert ran[0][1] == {**flags, "allow": ["torch"]}
+    assert cli.main(["train", "--cfg", "fundus_lora", "--allow-change", "torch"]) == 2
 
 
 def test_print_config_prints_what_would_run_and_runs_nothing(ran, capsys, tmp_path):

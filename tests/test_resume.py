@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from training_helpers import adapter_bytes, spawn, tiny_config
 
 from wara.config import RunConfig
 from wara.errors import WaraError
+from wara.runs.exact import NAMES
 from wara.training import checkpoint
-from wara.training.checkpoint import load_checkpoint, save_checkpoint
+from wara.training.checkpoint import Last, load_checkpoint, save_checkpoint
+from wara.training.resume import changes_since, facts_here
+from wara.training.setup import pick_device
 from wara.training.signals import Stopped
 from wara.training.start import run
 from wara.training.task import FineTuning
@@ -194,10 +198,65 @@ def test_a_kill_before_the_first_checkpoint(
     _assert_same(whole / "run", path)
 
 
-def test_resume_without_a_run_is_refused(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(WaraError, match="nothing to resume") as caught:
-        run(_config(whole, out=str(tmp_path / "rum")), resume=True, quiet=True)
-    assert caught.value.exit_code == 2 and not (tmp_path / "rum").exists()
+def test_resume_without_a_run_starts_at_the_start_and_says_so(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kill may have come before the folder was there."""
+    run(_config(whole, out=str(tmp_path / "run")), resume=True, quiet=True)
+    assert f"starting from the first epoch: {tmp_path / 'run'}" in capsys.readouterr().out
+    _assert_same(whole / "run", tmp_path / "run")
+
+
+def test_a_resume_that_never_began_leaves_nothing(whole: Path, tmp_path: Path) -> None:
+    config = _config(whole, out=str(tmp_path / "run"), lr=1e30, clip_grad=None, warmup_epochs=0.0)
+    with pytest.raises(WaraError) as caught:
+        run(config, resume=True, quiet=True)
+    assert caught.value.exit_code == 6 and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_another_number_of_threads_is_refused_or_recorded(
+    half: RunConfig, two_threads: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, threads = Path(half.out or ""), torch.get_num_threads()
+    with pytest.raises(WaraError) as caught:
+        run(half, resume=True, quiet=True)
+    line = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert f"threads was {threads - 1} and is {threads}" in line
+    assert f"OMP_NUM_THREADS={threads - 1}" in line and "--allow-change threads" in line
+    with pytest.raises(WaraError, match="did you mean 'threads'") as caught:
+        run(half, resume=True, quiet=True, allow=["thread"])
+    assert caught.value.exit_code == 2
+    run(half, resume=True, quiet=True, allow=["threads"])
+    change = {"name": "threads", "was": threads - 1, "now": threads, "after_epoch": 2}
+    assert json.loads((folder / "provenance.json").read_text())["changes"] == [change]
+    assert json.loads((folder / "metrics.json").read_text())["changes"] == ["threads"]
+    told = f"after epoch 2, threads went from {threads - 1} to {threads}"
+    assert told in (folder / "report.md").read_text() and told in capsys.readouterr().out
+    # What was allowed once is part of the run, and its folder is whole.
+    assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["progress"]["changes"] == [change]
+    run(half, resume=True, quiet=True)
+
+
+def test_every_named_fact_is_looked_at(whole: Path) -> None:
+    config, last = _config(whole), whole / "run" / "checkpoints" / "last.ckpt"
+    facts = facts_here(pick_device(config), config.devices)
+    content = load_checkpoint(last)
+    assert set(facts) == set(NAMES) and content["facts"] == facts
+    for name in NAMES:
+        found = Last(last, {**content, "facts": {**facts, name: "another"}}, "")
+        with pytest.raises(WaraError, match=f"{name} was another and is") as caught:
+            changes_since(found, facts, [])
+        assert caught.value.exit_code == 2 and f"--allow-change {name}" in caught.value.remedy
+        assert changes_since(found, facts, [name]) == {name: ("another", facts[name])}
 
 
 def test_resume_of_a_finished_run_does_nothing(whole: Path) -> None:
@@ -242,11 +301,15 @@ def test_resume_refuses_what_is_not_the_runs_own(half: RunConfig, whole: Path) -
     last = folder / "checkpoints" / "last.ckpt"
     intact = last.read_bytes()
 
+    previous = last.with_name("previous.ckpt")
+    before = previous.read_bytes()
     last.write_bytes(intact[: len(intact) // 2])
-    with pytest.raises(WaraError) as caught:
+    previous.write_bytes(before[: len(before) // 2])
+    with pytest.raises(WaraError, match="so is the one before it") as caught:
         run(half, resume=True, quiet=True)
     assert caught.value.exit_code == 4 and "--overwrite" in caught.value.remedy
 
+    previous.write_bytes(before)
     last.write_bytes(intact)
     state = load_checkpoint(last)
     for key, text in (("base_sha256", "weights"), ("data_sha256", "images"), ("classes", "class")):

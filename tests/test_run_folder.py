@@ -122,11 +122,9 @@ def test_a_kill_while_clearing_leaves_a_run(
     folder.close()
 
 
-def test_nothing_to_resume_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_has_no_folder_yet_may_be_resumed(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(WaraError, match="nothing to resume in") as caught:
-            RunFolder(path).check(resume=True, overwrite=False)
-        assert caught.value.exit_code == 2 and "--out" in caught.value.remedy
+        RunFolder(path).check(resume=True, overwrite=False)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -376,7 +374,7 @@ def test_data_hash_sees_every_cell() -> None:
 def test_provenance_is_json() -> None:
     record = collect(
         command=["train.py"], seed=1, data={}, backbone={}, budget=None, device="cpu",
-        precision="32-true", processes=1,
+        accelerator="cpu", precision="32-true", processes=1,
     )  # fmt: skip
     assert json.loads(json.dumps(record)) == record
     assert record["versions"]["torch"] and record["torch"]["threads"] >= 1

@@ -105,7 +105,7 @@ def build_parser() -> _Parser:
     _add_train_arguments(train)
     train.set_defaults(verb=_train, parser=train)
 
-    for word in (compare_verb(_read_from_here), *VERBS, DASHBOARD):
+    for word in (compare_verb(_read_from_here), *VERBS, RERUN, DASHBOARD):
         parsed = verbs.add_parser(
             word.name, help=word.help, description=f"{word.help.capitalize()}."
         )
@@ -159,6 +159,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     either.add_argument(
         "--overwrite", action="store_true", help="replace an earlier run in that folder"
     )
+    _add_allow(folder)
     look = parser.add_argument_group("look before you train")
     look.add_argument(
         "--dry-run", action="store_true", help="make all checks, print the plan, train nothing"
@@ -176,6 +177,17 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     _add_help(output)
+
+
+def _add_allow(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--allow-change",
+        metavar="NAME",
+        action="append",
+        default=[],
+        dest="allow",
+        help="accept that this fact (threads, torch, ...) is not what it was; may be repeated",
+    )
 
 
 def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
@@ -211,6 +223,9 @@ def _read_from_here(source: str, overrides: Sequence[str]) -> RunConfig:
 
 def _train(arguments: argparse.Namespace) -> None:
     _look_here()
+    if arguments.allow and not arguments.resume:
+        remedy = "add --resume, or leave it out"
+        raise WaraError("usage", "it says what may differ on --resume", "--allow-change", remedy)
     overrides = list(arguments.overrides)
     if arguments.out is not None:
         overrides.append(f"out={json.dumps(arguments.out)}")
@@ -228,6 +243,7 @@ def _train(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         dry_run=arguments.dry_run,
         quiet=arguments.quiet,
+        allow=arguments.allow,
     )
 
 
@@ -258,6 +274,31 @@ def _dashboard(arguments: argparse.Namespace) -> None:
 DASHBOARD = Verb(
     "dashboard", "make a W&B dashboard of the runs", _dashboard_arguments, _dashboard
 )  # fmt: skip
+
+
+def _rerun_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the new run folder (default: RUN-rerun)"
+    )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with a rerun that was stopped")
+    either.add_argument("--overwrite", action="store_true", help="replace an earlier rerun")
+    _add_allow(parser)
+    parser.add_argument("--quiet", action="store_true", help="print only errors and the outcome")
+
+
+def _rerun(arguments: argparse.Namespace) -> None:
+    _look_here()
+    from wara.training.rerun import rerun
+
+    flags = {name: getattr(arguments, name) for name in ("allow", "resume", "overwrite", "quiet")}
+    print(rerun(arguments.run, arguments.out, **flags))
+
+
+RERUN = Verb(
+    "rerun", "train a finished run again and compare the weights", _rerun_arguments, _rerun
+)
 
 
 def _no_verb(arguments: argparse.Namespace) -> None:

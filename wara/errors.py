@@ -22,9 +22,12 @@ LONGEST = 6000
 """Characters of a part of a refusal that are shown; a path has at most 4096."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# As torch, onnxruntime and C++ have it.
-_NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "bad_alloc")
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
+# As torch, onnxruntime and C++ have it.
+_NO_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "Failed to allocate memory",
+    "not enough memory", "out of memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 class WaraError(Exception):
@@ -107,6 +110,19 @@ def storage_error(error: OSError, path: object) -> WaraError:
     return WaraError("storage", f"cannot write: {reason}", str(path), remedy)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had, of the machine or of a GPU.
+
+    PyTorch has a class of its own for CUDA only; its CPU allocator raises a plain `RuntimeError`,
+    of which the message tells.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return any(text in str(error) for text in _NO_MEMORY)
+
+
 def as_refusal(error: BaseException) -> WaraError:
     """Return the one line for any exception.
 
@@ -120,11 +136,7 @@ def as_refusal(error: BaseException) -> WaraError:
     if isinstance(error, WaraError):
         return error
     message = re.sub(r"\s+", " ", str(error)).strip()
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in message for words in _NO_MEMORY)
-    ):
+    if out_of_memory(error):
         remedy = "halve batch_size and double accumulate, or choose a smaller backbone or img_size"
         return WaraError("resources", "out of memory", "", remedy)
     if "DataLoader worker" in message and ("killed" in message or "exited" in message):

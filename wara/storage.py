@@ -220,14 +220,14 @@ def _exchanged(fresh: Path, old: Path) -> bool:
         if entry.name in names:
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_link)
+            shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=link_or_copy)
         else:
-            _link(entry, fresh / entry.name)
+            link_or_copy(entry, fresh / entry.name)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename(here, os.fsencode(fresh), here, os.fsencode(old), exchange) == 0
 
 
-def _link(source: str | Path, copy: str | Path) -> None:
+def link_or_copy(source: str | Path, copy: str | Path) -> None:
     """Give a file a second name, or copy it where the file system has but one for each."""
     try:
         os.link(source, copy, follow_symlinks=False)

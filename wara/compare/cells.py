@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import wara
 from wara.compare.grid import Cell, stem
 from wara.config import RunConfig
 from wara.errors import WaraError, WaraErrors
+from wara.runs.exact import source_sha256
 from wara.runs.folder import RunFolder
 from wara.runs.provenance import versions
-from wara.storage import canonical_sha256, file_sha256, read_json, write_json
+from wara.runs.sealed import altered, seal_of_results
+from wara.storage import canonical_sha256, read_json, write_json
 from wara.training.resume import FREE, differences
 from wara.training.setup import Prepared
 from wara.training.tracking import settle
-
-_ELSEWHERE = {"compare", "deploy", "cli.py"}  # rooms that come after a run
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,7 @@ class Facts:
 @functools.cache
 def code_version() -> str:
     """Return a hash of the code that decides a run: this package's, and the versions of others."""
-    package, digest = Path(wara.__file__).parent, hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        place = path.relative_to(package)
-        if place.parts[0] not in _ELSEWHERE:
-            digest.update(f"{place.as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    digest.update(canonical_sha256(versions()).encode())
-    return digest.hexdigest()
+    return canonical_sha256({"source": source_sha256(), "versions": versions()})
 
 
 def deciding(config: RunConfig) -> dict[str, Any]:
@@ -100,15 +92,8 @@ def seal_path(folder: Path) -> Path:
 
 def seal(folder: Path, key: str, measured: dict[str, Any]) -> None:
     """Note that a cell is finished: its key, the hashes of its files, what was measured."""
-    run = RunFolder(folder)
-    files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in _files(run)}
+    files = seal_of_results(RunFolder(folder))
     write_json(seal_path(folder), {"key": key, "files": files, **measured})
-
-
-def _files(run: RunFolder) -> Iterator[Path]:
-    yield from (run.config, run.provenance, run.splits, run.curves, run.metrics)
-    yield from (run.predictions("val"), run.predictions("test"))
-    yield from sorted(run.adapter.iterdir())
 
 
 def read_seal(cell: Cell) -> dict[str, Any] | None:
@@ -116,9 +101,7 @@ def read_seal(cell: Cell) -> dict[str, Any] | None:
     folder = cell.config.folder
     try:
         found = read_json(seal_path(folder))
-        whole = found["key"] == cell.key and all(
-            file_sha256(folder / name) == digest for name, digest in found["files"].items()
-        )
+        whole = found["key"] == cell.key and not altered(RunFolder(folder), found["files"])
     except (OSError, ValueError, KeyError, AttributeError):
         return None
     return found if whole else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wara.evaluation.calibration import to_probs
 from wara.evaluation.metrics import decide
+from wara.evaluation.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,18 @@ def predict(
         pause: called before each batch; may raise, to stop.
 
     Raises:
-        WaraError: kind `nonfinite` when a logit is not finite.
+        WaraError: kind `nonfinite` when a logit is not finite, `resources` when memory does not
+            suffice for one image; batches that are too large are halved.
     """
     device = next(model.parameters()).device
     model.eval()
+    outputs_of = Parts(model)
     logits: list[Tensor] = [torch.zeros(0, classes)]
     labels: list[Tensor] = [torch.zeros((0, classes) if task == "multilabel" else 0).long()]
     index: list[Tensor] = [torch.zeros(0).long()]
     for batch in batches:
         pause()
-        logits.append(model(batch["image"].to(device)).float().cpu())
+        logits.append(outputs_of(batch["image"].to(device)).float().cpu())
         labels.append(batch["label"].long())
         index.append(batch["index"])
     order, truth, outputs = (torch.cat(part).numpy() for part in (index, labels, logits))

@@ -22,13 +22,13 @@ _LOCK = ".lock"
 _SIGNS = frozenset({_LOCK, "config.yaml", "provenance.json", "train.log"})
 _INSIDE = {
     "adapter": {"adapter_config.json", "adapter_model.safetensors"},
-    "checkpoints": {"last.ckpt", "best.ckpt"},
+    "checkpoints": {"last.ckpt", "best.ckpt", "previous.ckpt", "previous_best.ckpt"},
     "plots": {f"{name}.png" for name in FIGURES},
 }
 """What it writes in its folders; those of the loggers are theirs as a whole."""
 _OWN = _SIGNS | _INSIDE.keys() | {
     "splits.csv", "metrics.csv", "metrics.json", "predictions_val.csv", "predictions_test.csv",
-    "report.md", "wandb", "tensorboard",
+    "report.md", "files.sha256", "wandb", "tensorboard",
 }  # fmt: skip
 
 
@@ -52,9 +52,17 @@ class RunFolder:
     adapter = property(lambda self: self.path / "adapter")
     last = property(lambda self: self.path / "checkpoints" / "last.ckpt")
     best = property(lambda self: self.path / "checkpoints" / "best.ckpt")
+    previous = property(lambda self: self.path / "checkpoints" / "previous.ckpt")
+    previous_best = property(lambda self: self.path / "checkpoints" / "previous_best.ckpt")
     plots = property(lambda self: self.path / "plots")
     report = property(lambda self: self.path / "report.md")
     log = property(lambda self: self.path / "train.log")
+    sealed = property(lambda self: self.path / "files.sha256")
+
+    @staticmethod
+    def inside(name: str) -> list[str]:
+        """Names of the files that a run writes in `adapter`, `checkpoints` or `plots`."""
+        return sorted(_INSIDE[name])
 
     def predictions(self, split: str) -> Path:
         """Path of the predictions of `val` or `test`."""
@@ -97,15 +105,11 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise WaraError("config", "not a folder", str(self.path), "choose another with --out")
         if not self.path.is_dir():
-            if resume:
-                raise self._nothing()
             return
         holder = self.holder()
         if holder:
             raise _busy(self.path, holder)
         names = {entry.name for entry in self.path.iterdir()}
-        if resume and not names:
-            raise self._nothing()
         if names <= {_LOCK}:
             return
         if not (self.is_run or self._is_own()):
@@ -132,12 +136,6 @@ class RunFolder:
             raise WaraError(
                 "storage", "no permission to write", str(parent), "choose another --out"
             )
-
-    def _nothing(self) -> WaraError:
-        return WaraError(
-            "config", f"nothing to resume in {self.path}", "--resume",
-            "check --out, or leave --resume out",
-        )  # fmt: skip
 
     def holder(self) -> str:
         """Who holds the lock, as `pid N on HOST`; empty when nobody does."""

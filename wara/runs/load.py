@@ -18,12 +18,11 @@ from wara.runs.folder import RunFolder
 from wara.runs.records import (
     MetricsFile,
     ProvenanceFile,
-    check_seal,
-    check_sealed,
     other_writer,
     read_record,
     writer_of,
 )
+from wara.runs.sealed import check_sealed
 from wara.runs.tables import (
     AS_WRITTEN,
     PredictionTable,
@@ -109,24 +108,25 @@ class Run:
         """Return the predictions for `val` or `test`."""
         path = self.folder.predictions(split)
         found = read_predictions(path, classes=self.classes, task=self.task)
-        self._check(path.name)
+        self._check(path)
         return found
 
     def splits(self) -> list[SplitRow]:
         """Return what each image is, and which split it is in."""
         found = read_splits(self.folder.splits, classes=self.classes, task=self.task)
-        self._check(self.folder.splits.name)
+        self._check(self.folder.splits)
         return found
 
     def curves(self) -> list[dict[str, float | None]]:
         """Return the metrics of each epoch."""
         found = read_curves(self.folder.curves)
-        self._check(self.folder.curves.name)
+        self._check(self.folder.curves)
         return found
 
-    def _check(self, name: str) -> None:
-        """Refuse a table that was changed since; called once it is known to be one."""
-        check_sealed(self.provenance, self.folder.path, name)
+    def _check(self, *paths: Path) -> None:
+        """Refuse files that were changed since; called once they are known to be readable."""
+        if self.folder.sealed.exists() or not other_writer(self.provenance):
+            check_sealed(self.folder, paths)  # earlier versions did not seal
 
     def _weights(self) -> str | None:
         """Return where the run found the backbone's weights, when the user had named a file."""
@@ -175,7 +175,6 @@ def _read(run: RunFolder, provenance: dict[str, Any]) -> Run:
     if adapter.backbone is None or not adapter.classes or adapter.task is None:
         what = "the adapter does not say what it was trained for"
         raise WaraError("artefact", what, str(run.adapter), AS_WRITTEN)
-    check_seal(provenance, run.provenance)
-    for name in (run.config.name, run.metrics.name, f"{run.adapter.name}/{CONFIG_FILE}"):
-        check_sealed(provenance, run.path, name)
-    return Run(run, config, adapter, metrics, provenance)
+    found = Run(run, config, adapter, metrics, provenance)
+    found._check(run.config, run.provenance, run.metrics, run.adapter / CONFIG_FILE)
+    return found

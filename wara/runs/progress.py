@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 Row = dict[str, float | None]
 
@@ -24,6 +25,11 @@ class Progress:
     stale: int = 0
     """Epochs since the best one."""
     history: list[Row] = field(default_factory=list)
+    micro: list[list[int]] = field(default_factory=list)
+    """`[batch, images]`: from that training batch of the run on (0-based), so many images at a time
+    are computed; one more entry each time memory ran out."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What breaks exactness and was allowed by name: `name`, `was`, `now`, `after_epoch`."""
 
     @property
     def best(self) -> Row:

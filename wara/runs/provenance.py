@@ -23,12 +23,14 @@ from typing import Any
 import torch
 
 import wara
-from wara.runs.records import sealed_files
-from wara.storage import canonical_sha256, read_json, write_json
+from wara.runs.exact import source_sha256
+from wara.runs.progress import Progress
+from wara.storage import read_json, write_json
 
 _PACKAGES = (
     "torch", "torchvision", "timm", "pytorch-lightning", "ptwt", "PyWavelets", "numpy",
-    "scikit-learn", "albumentations", "medmnist", "safetensors", "Pillow", "pydicom", "wandb",
+    "scikit-learn", "albumentations", "opencv-python-headless", "medmnist", "safetensors", "Pillow",
+    "pydicom", "peft", "wandb",
 )  # fmt: skip
 
 
@@ -40,10 +42,17 @@ class Provenance:
         facts: what does not change while the run goes on, see `collect`.
         synthetic: whether the images were drawn.
         resumed: whether an earlier process began the run.
+        progress: of the run; `changes` and `memory` tell what of it is not as it was planned.
     """
 
     def __init__(
-        self, path: Path, facts: dict[str, Any], *, synthetic: bool, resumed: bool
+        self,
+        path: Path,
+        facts: dict[str, Any],
+        *,
+        synthetic: bool,
+        resumed: bool,
+        progress: Progress,
     ) -> None:
         started, wandb_run = [utc_now()], None
         if resumed:
@@ -54,7 +63,8 @@ class Provenance:
         self.path = path
         self.content = {
             "synthetic": synthetic, "status": "running", "started": started, "ended": None,
-            "wandb_run": wandb_run, **facts,
+            "wandb_run": wandb_run, **facts, "changes": progress.changes, "memory": progress.micro,
+            "peak_memory_mb": None,
         }  # fmt: skip
 
     def write(self) -> None:
@@ -68,17 +78,19 @@ class Provenance:
             self.write()
         return str(self.content["wandb_run"])
 
-    def end(self, status: str) -> None:
-        """Note how the run ended: `interrupted`, `failed` or `finished`.
-
-        A finished run is sealed: the file holds the SHA-256 of those that say what came of it, and
-        one of its own content.
-        """
-        self.content |= {"status": status, "ended": utc_now()}
-        if status == "finished":
-            self.content["files"] = sealed_files(self.path.parent)
-            self.content["sha256"] = canonical_sha256(self.content)
+    def end(self, status: str, peak: float | None = None) -> None:
+        """Note how the run ended: `interrupted`, `failed` or `finished`, and the memory it took."""
+        self.content |= {"status": status, "ended": utc_now(), "peak_memory_mb": peak}
         self.write()
+
+
+def recorded_memory(path: Path) -> list[list[int]]:
+    """Return what a `provenance.json` tells of batches in parts, see `Progress.micro`."""
+    try:
+        found = read_json(path)["memory"]
+        return [[int(batch), int(images)] for batch, images in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # damaged or not written yet; what went before stands in the checkpoint
 
 
 def utc_now() -> str:
@@ -94,18 +106,28 @@ def collect(
     backbone: dict[str, Any],
     budget: dict[str, Any] | None,
     device: str,
+    accelerator: str,
     precision: str,
     processes: int,
 ) -> dict[str, Any]:
     """Facts about this process and machine, ready for `provenance.json`."""
     return {
         "command": list(command),
+        "cwd": os.getcwd(),
         "seed": seed,
         "data": data,
         "backbone": backbone,
         "budget": budget,
-        "versions": versions(),
         "commit": commit(),
+        **here(device=device, accelerator=accelerator, precision=precision, processes=processes),
+    }
+
+
+def here(*, device: str, accelerator: str, precision: str, processes: int) -> dict[str, Any]:
+    """What of the facts says where and by what a run is computed; see `wara.runs.exact`."""
+    return {
+        "versions": versions(),
+        "code_sha256": source_sha256(),
         "machine": {
             "host": socket.gethostname(),
             "system": platform.platform(),
@@ -117,6 +139,7 @@ def collect(
         },
         "torch": {
             "device": device,
+            "accelerator": accelerator,
             "precision": precision,
             "processes": processes,
             "threads": torch.get_num_threads(),

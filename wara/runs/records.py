@@ -12,7 +12,7 @@ from wara import __version__
 from wara.errors import WaraError
 from wara.runs.tables import AS_WRITTEN
 from wara.schema import STRICT, faults_of
-from wara.storage import canonical_sha256, file_sha256, read_json
+from wara.storage import read_json
 
 
 class _Record(BaseModel):
@@ -89,49 +89,6 @@ def read_record(path: Path, form: type[MetricsFile] | type[ProvenanceFile]) -> d
         what = f"not valid JSON: {' '.join(str(error).split())}"
         raise WaraError("artefact", what, str(path), AS_WRITTEN) from error
     return content
-
-
-SEALED = (
-    "config.yaml", "splits.csv", "metrics.csv", "metrics.json", "predictions_val.csv",
-    "predictions_test.csv", "adapter/adapter_config.json",
-)  # fmt: skip
-"""Files that say what came of a run; that of the adapter holds the hash of its tensors."""
-
-
-def sealed_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each of `SEALED`, for `provenance.json` of a finished run."""
-    return {name: file_sha256(folder / name) for name in SEALED if (folder / name).is_file()}
-
-
-def check_seal(provenance: dict[str, Any], path: Path) -> None:
-    """Refuse the provenance of a finished run that was changed since this version wrote it.
-
-    Raises:
-        WaraError: kind "artefact".
-    """
-    if other_writer(provenance):
-        return  # earlier versions did not seal, and later ones may do it otherwise
-    own = {key: value for key, value in provenance.items() if key != "sha256"}
-    if provenance.get("sha256") != canonical_sha256(own):
-        what = "it was changed since it was written: its checksum does not agree"
-        raise WaraError("artefact", what, str(path), AS_WRITTEN)
-
-
-def check_sealed(provenance: dict[str, Any], folder: Path, name: str) -> None:
-    """Refuse a file of a finished run that is not the one that it ended with.
-
-    Args:
-        provenance: of the run; one without hashes is of an earlier version.
-        folder: of the run.
-        name: one of `SEALED`.
-
-    Raises:
-        WaraError: kind "artefact".
-    """
-    said = provenance.get("files")
-    if isinstance(said, dict) and said.get(name) != file_sha256(folder / name):
-        what = "it was changed since the run ended: its checksum does not agree"
-        raise WaraError("artefact", what, str(folder / name), AS_WRITTEN)
 
 
 def writer_of(provenance: dict[str, Any]) -> str:

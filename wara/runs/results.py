@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from wara.evaluation import plots
 from wara.evaluation.predict import Predictions
 from wara.evaluation.split import Split
 from wara.runs import report, tables
+from wara.runs.exact import sentences
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress
 from wara.storage import write_json, write_text
@@ -95,6 +97,8 @@ def write_results(
     epochs: int,
     warmup_epochs: float,
     bootstrap: int,
+    batch_size: int,
+    accumulate: int,
     peak_memory_mb: float,
 ) -> dict[str, Any]:
     """Write everything that a finished run leaves, `metrics.json` last.
@@ -109,6 +113,8 @@ def write_results(
         epochs: planned number of epochs.
         warmup_epochs: length of the warm-up.
         bootstrap: resamples behind the intervals.
+        batch_size: images per batch, as the config has it.
+        accumulate: batches per step, likewise.
         peak_memory_mb: most memory that training took.
 
     Returns:
@@ -123,6 +129,7 @@ def write_results(
             classes=facts.classes,
             synthetic=facts.synthetic,
         )
+    micro = progress.micro[-1][1] if progress.micro else batch_size
     metrics = {
         "synthetic": facts.synthetic,
         "dataset": facts.dataset,
@@ -134,6 +141,9 @@ def write_results(
         "epochs": progress.epoch,
         "best_epoch": progress.best_epoch,
         "monitor": progress.monitor,
+        "micro_batch": micro,
+        "accumulate": accumulate * math.ceil(batch_size / micro),
+        "changes": [change["name"] for change in progress.changes],
         "seconds": round(progress.seconds, 3),
         "peak_memory_mb": peak_memory_mb,
         **{name: split.scores for name, split in splits.items()},
@@ -172,6 +182,8 @@ def write_results(
             f"best epoch {progress.best_epoch} by {progress.monitor} on the validation images "
             f"({progress.best_value:.4f}); everything below is that epoch's, in float32",
             *_remarks(progress, warmup_epochs),
+            *_parts(progress, batch_size),
+            *sentences(progress.changes),
             *filter(None, (table.never(facts.classes) for table in classes)),
         ],
         classes=facts.classes,
@@ -196,6 +208,15 @@ def _remarks(progress: Progress, warmup_epochs: float) -> list[str]:
         f"the best epoch lies inside the warm-up of {warmup_epochs:g} epochs, before the learning "
         "rate had its full size: lower lr, or look whether the validation images are enough to "
         "choose by"
+    ]
+
+
+def _parts(progress: Progress, batch_size: int) -> list[str]:
+    """Return where memory ran out, and what was made of it."""
+    return [
+        f"out of memory in batch {batch + 1}: from there on batches of {batch_size} were computed "
+        f"{images} images at a time, with the mean loss over the whole batch"
+        for batch, images in progress.micro
     ]
 
 

@@ -21,6 +21,7 @@ import wara
 from wara.data.imageset import ImageSet
 from wara.data.loader import Images, Key, load_batches
 from wara.errors import WaraError, storage_error
+from wara.evaluation.parts import Parts
 from wara.images import ImageSpec
 from wara.storage import canonical_sha256, code_sha256, write_json
 from wara.training.augment import CountedAugment
@@ -183,7 +184,7 @@ class TrunkCache:
         self._check_room(count)
         start = time.perf_counter()
         device = "cuda" if accelerator == "gpu" else "cpu"
-        trunk = Trunk(model.to(device).eval(), self.depth)
+        trunk = Parts(Trunk(model.to(device).eval(), self.depth))
         for preset in dict.fromkeys(preset for preset, _ in missing):
             order = [(v, i) for (own, v), all_ in missing.items() if own == preset for i in all_]
             batches = load_batches(
@@ -197,7 +198,7 @@ class TrunkCache:
     @torch.no_grad()
     def _compute(
         self,
-        trunk: Trunk,
+        trunk: Parts,
         preset: str,
         order: Sequence[Key],
         batches: Iterable[Mapping[str, Any]],

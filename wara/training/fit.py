@@ -77,6 +77,7 @@ def fit(
         module.optimiser_step_count = progress.step
     if progress.epoch >= recipe.epochs or exhausted(progress, recipe.patience):
         return progress
+    module.micro, module.shrunk = progress.micro, journal.shrunk
     stop = journal.stop
     module.stop_requested = lambda: stop.requested
     callbacks: list[pl.Callback] = [journal]

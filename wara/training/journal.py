@@ -31,6 +31,8 @@ class Journal(pl.Callback):
         stop: the signals, if any are heeded.
         progress: the state to go on from; by default the start.
         identity: plain values that a resumed run must agree with.
+        facts: of `wara.runs.exact`, which it must agree with too, unless told otherwise.
+        noted: called when what provenance tells of `progress` has changed.
         synthetic: whether the images were drawn.
         sinks: called with (epoch, row), such as wandb.
     """
@@ -43,6 +45,8 @@ class Journal(pl.Callback):
         stop: StopSignals | None = None,
         progress: Progress | None = None,
         identity: dict[str, Any] | None = None,
+        facts: dict[str, Any] | None = None,
+        noted: Callable[[], None] = lambda: None,
         synthetic: bool = False,
         sinks: Sequence[Callable[[int, Row], None]] = (),
     ) -> None:
@@ -51,6 +55,7 @@ class Journal(pl.Callback):
         self.stop = stop or StopSignals()
         self.progress = progress or Progress()
         self.identity, self.synthetic = identity or {}, synthetic
+        self.facts, self.noted = facts or {}, noted
         self._began = time.perf_counter()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,6 +131,23 @@ class Journal(pl.Callback):
         if flag.item() and progress.epoch < recipe.epochs:
             raise Stopped(int(flag.item()))
 
+    def shrunk(self, batch: int, images: int) -> None:
+        """Note that memory ran out, and how many images at a time are computed from now on.
+
+        It is written at once: a run that is killed before its next checkpoint then goes on in
+        the same parts, also where more memory is free by then.
+
+        Args:
+            batch: number of the training batch, counted over the whole run.
+            images: at a time.
+        """
+        self.progress.micro.append([batch, images])
+        self.console.say(
+            f"out of memory: batch {batch + 1} is done over, {images} image(s) at a time; "
+            "the batch of each step stays as it was"
+        )
+        self.noted()
+
     def _write(self, trainer: pl.Trainer, module: FineTuning, improved: bool) -> None:
         folder, progress = self.folder, self.progress
         if folder is None:
@@ -133,9 +155,9 @@ class Journal(pl.Callback):
         state = {n: t.detach().cpu() for n, t in adapter_state_dict(module.model).items()}
         method = module.method.training_state(module.model)
         optimiser = trainer.optimizers[0].state_dict()
-        write_last(folder.last, progress, self.identity, state, optimiser, method)
+        write_last(folder, progress, self.identity, self.facts, state, optimiser, method)
         if improved:
-            write_best(folder.best, progress.best_epoch, self.identity, state)
+            write_best(folder, progress.best_epoch, self.identity, state)
         write_curves(folder.curves, progress.history, synthetic=self.synthetic)
 
 

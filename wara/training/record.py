@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from wara.adapters import load_adapter_state
 from wara.cards import public_name
@@ -17,18 +15,32 @@ from wara.config import dump_config
 from wara.errors import as_refusal
 from wara.evaluation.predict import Predictions
 from wara.evaluation.split import Split
+from wara.runs.exact import sentences
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress, Row
-from wara.runs.provenance import Provenance, collect, peak_memory_mb
+from wara.runs.provenance import Provenance, collect, peak_memory_mb, recorded_memory
+from wara.runs.sealed import seal_run
 from wara.runs.tables import label_names, write_curves, write_splits
 from wara.storage import write_text
-from wara.training.checkpoint import read_best, read_last, write_best
+from wara.training.checkpoint import (
+    Last,
+    check_identity,
+    drop_previous,
+    put_back,
+    read_best,
+    read_last,
+)
 from wara.training.console import Console
+from wara.training.judge import first_batch
 from wara.training.loggers import Sinks, public_config
 from wara.training.plan import Plan
+from wara.training.resume import changes_since, facts_here
 from wara.training.setup import Prepared
 from wara.training.signals import Stopped
 from wara.training.tracking import Tracking
+
+if TYPE_CHECKING:
+    from wara.runs.results import Update
 
 
 class Record:
@@ -41,6 +53,8 @@ class Record:
         tracking: where W&B shows it.
         first: whether this is the first process; the others write nothing.
         resume: whether to go on from the last checkpoint.
+        allow: names of facts that may differ from those of the checkpoint.
+        micro: see `Progress.micro`; of an earlier run of the same config.
     """
 
     def __init__(
@@ -52,10 +66,14 @@ class Record:
         *,
         first: bool,
         resume: bool,
+        allow: Sequence[str] = (),
+        micro: Sequence[Sequence[int]] = (),
     ) -> None:
         self.run, self.folder, self.console, self.tracking = run, folder, console, tracking
-        self.first, self.resume = first, resume
+        self.first, self.resume, self.allow = first, resume, allow
         self.progress = Progress()
+        self.micro = [list(pair) for pair in micro]
+        self.facts = facts_here(run.device, run.config.devices)
         self.provenance: Provenance | None = None
         self.sinks = Sinks(console.say)
         self.public = public_name(run.config.dataset, run.images.card.name)
@@ -86,42 +104,64 @@ class Record:
         """Write what is known before the first step; return the checkpoint to go on from, if any.
 
         Raises:
-            WaraError: kind "artefact" when the checkpoint is damaged or of another run.
+            WaraError: kind "artefact" when all checkpoints are damaged or of another run; kind
+                "config" when something has changed that comes into the weights.
         """
-        last = None
+        last = read_last(self.folder) if self.resume else None
+        if last is not None:
+            check_identity(last.content, self.run.identity, last.path)
+            changes = changes_since(last, self.facts, self.allow)
+            self.progress = last.progress
+            self.progress.changes += [
+                {"name": name, "was": was, "now": now, "after_epoch": self.progress.epoch}
+                for name, (was, now) in changes.items()
+            ]
         if self.resume:
-            found = read_last(self.folder.last, self.run.identity)
-            if found is not None:
-                self.progress, last = found
+            # What came after the checkpoint is in the provenance alone.
+            self.micro = max(self.micro, recorded_memory(self.folder.provenance), key=len)
+        self.progress.micro = max(self.progress.micro, self.micro, key=len)
         if self.first:
             self._write_facts()
             self._continue(last)
             self._start_sinks()
-        return last
+        return None if last is None else last.content
+
+    def noted(self) -> None:
+        """Write what is new in `progress` to the provenance."""
+        if self.provenance is not None:
+            self.provenance.write()
 
     def _write_facts(self) -> None:
         run, folder, synthetic = self.run, self.folder, self.run.images.synthetic
         self.provenance = Provenance(
-            folder.provenance, _facts_of(run), synthetic=synthetic, resumed=self.resume
-        )
+            folder.provenance, _facts_of(run), synthetic=synthetic, resumed=self.resume,
+            progress=self.progress,
+        )  # fmt: skip
         # Config and provenance make it a run folder; they come first, so that --overwrite and
         # --resume know it for one whatever happens next.
-        stamp = f"# synthetic: {str(synthetic).lower()}\n"
-        write_text(folder.config, stamp + dump_config(run.config))
+        write_config(folder.config, run)
         self.provenance.write()
         write_splits(folder.splits, run.rows, classes=run.classes, synthetic=synthetic)
         self.console.log_to(folder.log)
 
-    def _continue(self, last: dict[str, Any] | None) -> None:
+    def _continue(self, last: Last | None) -> None:
         progress, folder = self.progress, self.folder
         if last is not None:
+            if last.path != folder.last:
+                self.console.final(
+                    f"the newest checkpoint cannot be used ({last.damaged}: {folder.last}); going "
+                    f"on from the one before it, after epoch {progress.epoch}"
+                )
             self.console.say(f"resuming after epoch {progress.epoch}")
+            for line in sentences(progress.changes):
+                self.console.final(f"note: {line}")
             # A kill may have come between the two checkpoints, or before the curves.
-            if progress.best_epoch == progress.epoch:
-                write_best(folder.best, progress.best_epoch, self.run.identity, last["state"])
+            put_back(folder, last, self.run.identity)
             write_curves(folder.curves, progress.history, synthetic=self.run.images.synthetic)
         elif self.resume:
-            self.console.say("no checkpoint to resume from yet; starting from the first epoch")
+            self.console.final(
+                f"no checkpoint to resume from yet; starting from the first epoch: {folder.path}"
+            )
 
     def take_best(self) -> None:
         """Put the best epoch's adapter and head into the model."""
@@ -129,39 +169,19 @@ class Record:
         state = read_best(self.folder.best, self.progress.best_epoch, run.identity)
         load_adapter_state(run.model, state)
 
-    def end(self, plan: Plan, splits: Mapping[str, Split], images: Tensor) -> None:
+    def end(self, plan: Plan, splits: Mapping[str, Split]) -> None:
         """Write, log and print the results.
 
         Args:
             plan: of the run.
             splits: `val` and `test`, evaluated.
-            images: `[b, 3, h, w]`, of the split that figures show.
         """
         from wara.runs.report import result_table
-        from wara.runs.results import Facts, measure_update, shown_split, write_results
+        from wara.runs.results import shown_split
 
         run, config = self.run, self.run.config
-        facts = Facts(
-            dataset=run.images.card.name,
-            public=self.public,
-            synthetic=run.images.synthetic,
-            task=run.task,
-            classes=run.classes,
-            backbone=run.backbone,
-            bits=run.images.bits,
-            greys=run.images.greys,
-            method=config.adapter.name,
-            seed=config.seed,
-            counts=run.counts,
-            banners=plan.banners,
-            plan=plan.lines(),
-        )
-        update = measure_update(run.model, images.to(next(run.model.parameters()).device))
-        metrics = write_results(
-            self.folder, facts, splits, run.model, update, self.progress,
-            epochs=config.epochs, warmup_epochs=config.warmup_epochs, bootstrap=config.bootstrap,
-            peak_memory_mb=peak_memory_mb(run.device.accelerator == "gpu"),
-        )  # fmt: skip
+        peak = peak_memory_mb(run.device.accelerator == "gpu")
+        metrics, update = write_out(self.folder, run, plan, splits, self.progress, peak)
         shown = shown_split(splits)
         self.sinks.results(
             metrics=metrics | {"dataset": self.public},
@@ -173,9 +193,12 @@ class Record:
         )  # fmt: skip
         self.sinks.close(0)
         assert self.provenance is not None
-        self.provenance.end("finished")
+        drop_previous(self.folder)
+        self.provenance.end("finished", peak)
+        # Last: what has this list is whole.
+        seal_run(self.folder)
         table = result_table(splits["val"].scores, splits["test"].scores)
-        self.console.result(table, self.folder, synthetic=facts.synthetic)
+        self.console.result(table, self.folder, synthetic=run.images.synthetic)
 
     def _fail(self, error: BaseException) -> None:
         """Leave the folder in order."""
@@ -191,7 +214,12 @@ class Record:
             )
             return
         console.log_only("".join(traceback.format_exception(error)).rstrip())
-        if not self.resume and progress.epoch == 0 and refusal.kind != "bug":
+        # A run to resume may not have begun yet; then it is as a new one.
+        if (
+            (not self.resume or self.folder.created)
+            and progress.epoch == 0
+            and refusal.kind != "bug"
+        ):
             console.close()
             with contextlib.suppress(OSError):
                 self.folder.discard()
@@ -247,6 +275,62 @@ class Record:
         ]
 
 
+def write_config(path: Path, run: Prepared) -> None:
+    """Write the config of a run as it trains."""
+    stamp = f"# synthetic: {str(run.images.synthetic).lower()}\n"
+    write_text(path, stamp + dump_config(run.config))
+
+
+def write_out(
+    folder: RunFolder,
+    run: Prepared,
+    plan: Plan,
+    splits: Mapping[str, Split],
+    progress: Progress,
+    peak: float,
+) -> tuple[dict[str, Any], Update]:
+    """Write the results of a run, see `write_results`.
+
+    Args:
+        folder: where to.
+        run: its model in the state of the best epoch, on its device.
+        plan: of the run.
+        splits: `val` and `test`, evaluated.
+        progress: how training went.
+        peak: most memory that training took, MB.
+
+    Returns:
+        The content of `metrics.json`, and what the adapter learnt.
+    """
+    from wara.runs.results import Facts, measure_update, shown_split, write_results
+
+    config = run.config
+    facts = Facts(
+        dataset=run.images.card.name,
+        public=public_name(config.dataset, run.images.card.name),
+        synthetic=run.images.synthetic,
+        task=run.task,
+        classes=run.classes,
+        backbone=run.backbone,
+        bits=run.images.bits,
+        greys=run.images.greys,
+        method=config.adapter.name,
+        seed=config.seed,
+        counts=run.counts,
+        banners=plan.banners,
+        plan=plan.lines(),
+    )
+    images = first_batch(run, shown_split(splits)).to(run.device.torch_name)
+    update = measure_update(run.model, images)
+    metrics = write_results(
+        folder, facts, splits, run.model, update, progress,
+        epochs=config.epochs, warmup_epochs=config.warmup_epochs, bootstrap=config.bootstrap,
+        batch_size=config.batch_size // config.devices, accumulate=config.accumulate,
+        peak_memory_mb=peak,
+    )  # fmt: skip
+    return metrics, update
+
+
 def _facts_of(run: Prepared) -> dict[str, Any]:
     """Return what provenance tells of a run."""
     config, images, backbone = run.config, run.images, run.backbone
@@ -285,6 +369,7 @@ def _facts_of(run: Prepared) -> dict[str, Any]:
         },
         budget=run.budget and dict(zip(("asked", "wanted", "got"), run.budget, strict=True)),
         device=run.device.name,
+        accelerator=run.device.accelerator,
         precision=run.device.precision,
         processes=config.devices,
     )

@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from wara import __version__
 from wara.config import RunConfig, load_config
 from wara.errors import WaraError, WaraErrors
+from wara.runs import exact
 from wara.runs.folder import RunFolder
+from wara.runs.provenance import here
 from wara.runs.records import ProvenanceFile, other_writer, read_record, writer_of
-from wara.training.setup import Prepared
+from wara.training.checkpoint import Last
+from wara.training.setup import Device, Prepared
 
 FREE = (
     "out", "offline", "data.workers", "data.cache", "data.cache_limit", "devices", "accelerator",
     "bootstrap", "wandb", "tensorboard",
 )  # fmt: skip
-"""Keys of a config that decide where and how fast a run goes, not what comes of it."""
+"""Keys of a config that decide where and how fast a run goes; what of that comes into the last bit
+of the weights is among the facts of `wara.runs.exact`."""
 
 
-def check_config(folder: RunFolder, config: RunConfig) -> None:
+def facts_here(device: Device, processes: int) -> exact.Facts:
+    """Return the named facts of a run that goes on in this process."""
+    return exact.facts_of(
+        here(
+            device=device.name, accelerator=device.accelerator, precision=device.precision,
+            processes=processes,
+        )
+    )  # fmt: skip
+
+
+def changes_since(last: Last, facts: exact.Facts, allow: Sequence[str]) -> exact.Changes:
+    """Return what breaks exactness and was allowed to.
+
+    Args:
+        last: the checkpoint to go on from.
+        facts: of now.
+        allow: names of facts that may differ.
+
+    Raises:
+        WaraErrors: kind "config", a line for each fact that differs and was not allowed.
+    """
+    changes = exact.changed(last.content["facts"], facts)
+    if refused := exact.refusals(changes, str(last.path), allow):
+        raise WaraErrors(refused)
+    return changes
+
+
+def check_config(folder: RunFolder, config: RunConfig, allow: Sequence[str] = ()) -> None:
     """Refuse a config that would train something else than the run in the folder.
 
     Args:
         folder: holds the config of the run to go on with.
         config: of this call, resolved.
+        allow: names of facts that may differ; `amp` is a key too.
 
     Raises:
         WaraErrors: kind "config", a line per key.
@@ -32,7 +65,8 @@ def check_config(folder: RunFolder, config: RunConfig) -> None:
     _check_version(folder)
     earlier = load_config(folder.config).resolved().model_dump(mode="json")
     changed = differences(earlier, config.model_dump(mode="json"))
-    keys = [key for key in changed if not {key, key.partition(".")[0]} & set(FREE)]
+    free = {*FREE, *({"amp"} & set(allow))}
+    keys = [key for key in changed if not {key, key.partition(".")[0]} & free]
     if keys:
         remedy = f"use the same config ({folder.config}), or another --out"
         raise WaraErrors(

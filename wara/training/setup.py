@@ -69,6 +69,11 @@ class Device:
     precision: str
     arithmetic: str
 
+    @property
+    def torch_name(self) -> str:
+        """PyTorch's name of it."""
+        return "cuda" if self.accelerator == "gpu" else "cpu"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -160,7 +165,6 @@ class Prepared:
             deterministic=config.deterministic,
             compiled=config.compile,
         )
-
 
     def fill_trunk(self, say: Callable[[str], None] = lambda text: None) -> None:
         """Compute what the trunk cache lacks, if there is one; see `TrunkCache.fill`."""

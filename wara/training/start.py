@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from wara.config import RunConfig
@@ -22,16 +23,19 @@ def run(
     overwrite: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
+    allow: Sequence[str] = (),
 ) -> Path:
     """Fine-tune a backbone as `config` says and evaluate it.
 
     Args:
         config: the run.
         resume: go on from the last checkpoint in the run folder; a run that was stopped before
-            its first checkpoint starts again from the first epoch.
+            its first checkpoint, or before it had a folder, starts from the first epoch.
         overwrite: delete an earlier run in the run folder first.
         dry_run: make all checks, print the plan, write nothing.
         quiet: print only what stands in for data or backbone, and the result.
+        allow: facts that may differ from those of the run to resume, by their names in
+            `wara.runs.exact`; each that does is recorded.
 
     Returns:
         The run folder.
@@ -44,12 +48,19 @@ def run(
         RunFolder(config.folder).check(resume=resume, overwrite=overwrite)
         payload = {
             "config": json.loads(config.model_dump_json()),
-            "flags": {"resume": resume, "overwrite": overwrite, "quiet": quiet},
+            "flags": {
+                "resume": resume,
+                "overwrite": overwrite,
+                "quiet": quiet,
+                "allow": list(allow),
+            },
             "argv": sys.argv,
         }
         processes.launch("from wara.training.start import child; child()", payload, config.devices)
         return config.folder
-    return run_here(config, resume=resume, overwrite=overwrite, dry_run=dry_run, quiet=quiet)
+    return run_here(
+        config, resume=resume, overwrite=overwrite, dry_run=dry_run, quiet=quiet, allow=allow
+    )
 
 
 def child() -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from wara.adapters import adaptation_of, parameter_groups
-from wara.errors import WaraError
+from wara.errors import WaraError, out_of_memory
 from wara.evaluation.calibration import to_probs
 from wara.evaluation.metrics import point_metrics
+from wara.evaluation.parts import ONE_IMAGE, Parts, free_memory
 from wara.training.losses import loss_per_image
 from wara.training.recipe import Recipe
 
@@ -82,6 +83,12 @@ class FineTuning(pl.LightningModule):
         self.last_lr = 0.0
         self.val_loss: float | None = None
         self.val_metrics: dict[str, float | None] = {}
+        self.micro: list[list[int]] = []
+        self.shrunk: Callable[[int, int], None] = lambda batch, images: self.micro.append(
+            [batch, images]
+        )
+        self._work: tuple[Batch, int] | None = None
+        self._judged = Parts(self)
         self._totals: Tensor | None = None
         self._pending: list[Tensor] = []
         self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -134,37 +141,124 @@ class FineTuning(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout and stochastic depth from (seed, batch number, rank)."""
-        number = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
-        torch.manual_seed(step_seed(self.recipe.seed, number, self.global_rank))
+        self._seed(batch_idx)
+
+    def _number(self, batch_idx: int) -> int:
+        """Number of a batch, counted over the whole run."""
+        return self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+
+    def _seed(self, batch_idx: int) -> None:
+        torch.manual_seed(step_seed(self.recipe.seed, self._number(batch_idx), self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss over the images of all processes, as this process's share of it."""
-        losses = self._losses(self(batch["image"]), batch["label"])
-        world = self.trainer.world_size
-        count = torch.tensor(float(len(losses)), device=losses.device)
-        local, mean = losses.sum(), losses.mean()
-        if world > 1:
-            # The last batch is filled up so that all processes make the same steps; the repeated
-            # images count nothing. DDP averages gradients over processes: weighting by the images
-            # of each keeps the result equal to one process's, also in an uneven batch.
-            place = torch.arange(len(losses), device=losses.device)
-            place = place + batch_idx * self.recipe.batch_size
-            real = (place * world + self.global_rank) < self.train_images
-            local, count = (losses * real).sum(), real.sum().to(losses)
-            total = count.clone()
-            torch.distributed.all_reduce(total)
-            mean = local * world / total
-        penalty = self.method.penalty(self.model)
-        if penalty is not None:
-            mean = mean + penalty
-        if self._totals is not None:
-            self._totals += torch.stack([local.detach(), count])
-        self._pending.append(mean.detach())
+        """Return what `backward` starts from.
+
+        One process computes nothing here: its gradient is made in `backward`, where a pass that
+        ran out of memory can be undone and made again in parts, for nobody else holds its graph
+        there. It returns the weight of the batch. Several processes, which must make their steps
+        together, return this process's share of the mean loss.
+        """
         # Lightning divides by `accumulate`; the last window of an epoch may be shorter.
         window = self.trainer.accumulate_grad_batches
         start = batch_idx // window * window
         steps = min(window, int(self.trainer.num_training_batches) - start)
-        return mean * (window / steps)
+        if self.trainer.world_size > 1:
+            return self._share(batch, batch_idx) * (window / steps)
+        self._work = batch, batch_idx
+        return torch.tensor(window / steps, device=self.device)
+
+    def _share(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss over the images of all processes, as this process's share of it."""
+        losses = self._losses(self(batch["image"]), batch["label"])
+        world = self.trainer.world_size
+        # The last batch is filled up so that all processes make the same steps; the repeated
+        # images count nothing. DDP averages gradients over processes: weighting by the images
+        # of each keeps the result equal to one process's, also in an uneven batch.
+        place = torch.arange(len(losses), device=losses.device)
+        place = place + batch_idx * self.recipe.batch_size
+        real = (place * world + self.global_rank) < self.train_images
+        local, count = (losses * real).sum(), real.sum().to(losses)
+        total = count.clone()
+        torch.distributed.all_reduce(total)
+        mean = local * world / total
+        penalty = self.method.penalty(self.model)
+        if penalty is not None:
+            mean = mean + penalty
+        self._note(local, count, mean)
+        return mean
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradient of a batch to what the parameters hold.
+
+        When memory runs out, what the failed pass added is taken away, and the batch is done over
+        in parts of half the size, as are all that follow. The loss stays the mean over the
+        batch, so the gradient is the same up to rounding; dropout draws its numbers for each part,
+        from the same seed, so its masks are other ones of the same distribution. A head that
+        normalises over the batch does so over each part.
+
+        Args:
+            loss: what `training_step` returned, over the batches of a step.
+            args: see `LightningModule.backward`, and so is the next.
+            kwargs: see there.
+
+        Raises:
+            WaraError: kind "resources" when memory does not suffice for one image.
+        """
+        if self._work is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        (batch, batch_idx), self._work = self._work, None
+        number, size = self._number(batch_idx), len(batch["label"])
+        size = min([size, *(images for start, images in self.micro if start <= number)])
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        before = [None if first or p.grad is None else p.grad.clone() for p in parameters]
+        counted = [
+            (buffer, buffer.clone())
+            for module in self.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+            for buffer in module.buffers()
+        ]
+        while not self._add_gradient(batch, size, loss):
+            free_memory()
+            for buffer, value in counted:
+                buffer.copy_(value)
+            if size == 1:
+                raise WaraError(
+                    "resources", "out of memory with one image at a time", "", ONE_IMAGE
+                )
+            size = (size + 1) // 2
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            self._seed(batch_idx)
+            self.shrunk(number, size)
+
+    def _add_gradient(self, batch: Batch, size: int, weight: Tensor) -> bool:
+        """Run forward and back, `size` images at a time; False when memory ran out."""
+        count = len(batch["label"])
+        local, mean = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        try:
+            for start in range(0, count, size):
+                part = slice(start, start + size)
+                with self.trainer.precision_plugin.train_step_context():
+                    losses = self._losses(self(batch["image"][part]), batch["label"][part])
+                    loss = losses.mean() if size >= count else losses.sum() / count
+                    penalty = self.method.penalty(self.model) if part.stop >= count else None
+                    if penalty is not None:
+                        loss = loss + penalty
+                (loss * weight).backward()
+                local, mean = local + losses.detach().sum(), mean + loss.detach()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        self._note(local, torch.tensor(float(count), device=self.device), mean)
+        return True
+
+    def _note(self, local: Tensor, count: Tensor, mean: Tensor) -> None:
+        if self._totals is not None:
+            self._totals += torch.stack([local.detach(), count])
+        self._pending.append(mean.detach())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rates, refuse non-finite numbers, clip.
@@ -236,7 +330,7 @@ class FineTuning(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep logits, labels, losses and indices of the batch."""
-        logits = self(batch["image"]).float()
+        logits = self._judged(batch["image"]).float()
         losses = self._losses(logits, batch["label"])
         parts = (logits, batch["label"], losses, batch["index"])
         self._seen.append(tuple(part.detach().cpu() for part in parts))  # type: ignore[arg-type]
