@@ -83,7 +83,8 @@ def read_jpeg(data: bytes, where: str) -> Codestream:
             exif.append(body if not exif else body[6:])
         elif code == _SCAN:
             scans += 1
-            if scans > PASSES or (frame and frame[0] * frame[1] * scans > PIXEL_PASSES):
+            passes = frame[0] * frame[1] * scans if frame and scans > 1 else 0
+            if scans > PASSES or passes > PIXEL_PASSES:
                 raise _refuse(f"a JPEG of {scans} scans or more over its pixels", where)
         place += length
     else:
