@@ -159,12 +159,15 @@ def _large_dicom(bits: str) -> bytes:
     return dicom(np.zeros((8900, 8900), bits), WindowCenter="100", WindowWidth="200")
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+
 LARGE: dict[str, Callable[[], bytes]] = {
     "PNG of 79 million pixels": lambda: png(8900),
     "JPEG of 79 million pixels, progressive": lambda: encode(
         Image.new("RGB", (8900, 8900)), "JPEG", progressive=True),
     "TIFF of 79 million pixels, turned": lambda: encode(
-        Image.new("RGB", (8900, 8900)), "TIFF", compression="tiff_lzw"),
+        Image.new("RGB", (8900, 8900)), "TIFF", compression="tiff_lzw", exif=TURNED),
     "DICOM of 79 million greys of 16 bits": lambda: _large_dicom("u2"),
     "DICOM of 79 million greys of 8 bits": lambda: _large_dicom("u1"),
 }  # fmt: skip
