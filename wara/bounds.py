@@ -97,8 +97,8 @@ def of_the_machine(error: BaseException, where: str) -> WaraError | None:
         reason = (error.strerror or "").lower() if isinstance(error, OSError) else ""
         return WaraError("resources", f"cannot read: {reason}", where, close)
     if number in _DISK:
-        reason = error.strerror if isinstance(error, OSError) else ""
-        return WaraError("storage", f"cannot read: {reason}", where, "check the disk")
+        said = (error.strerror or "") if isinstance(error, OSError) else ""
+        return WaraError("storage", f"cannot read: {said}", where, "check the disk")
     return None
 
 

@@ -56,7 +56,8 @@ def read_jpeg(data: bytes, where: str) -> Codestream:
         WaraError: kind "data" when it has none, or would be gone through too many times.
     """
     frame: tuple[int, int, int, int] | None = None
-    place, scans, exif = 2, 0, []
+    place, scans = 2, 0
+    exif: list[bytes] = []
     for _ in range(_SEGMENTS):
         found = _MARKER.search(data, place)
         if found is None:

@@ -169,7 +169,8 @@ class DicomFile:
         Raises:
             WaraError: kind "data" when they are damaged.
         """
-        place, parts = 0, []
+        place = 0
+        parts: list[tuple[int, int]] = []
         while fragments[place : place + 4] == _ITEM and len(parts) <= PARTS:
             (length,) = (
                 struct.unpack_from("<I", fragments.ljust(8), place + 4)
@@ -343,7 +344,8 @@ def check_segmented(table: bytes, count: int, order: str, refuse: Refuse) -> Non
         WaraError: kind "data".
     """
     words = struct.unpack(f"{order}{len(table) // 2}H", table[: len(table) // 2 * 2])
-    total, place, lengths = 0, 0, {}
+    total = place = 0
+    lengths: dict[int, tuple[int, int]] = {}
     while place + 1 < len(words) and total <= count:
         kind, many = words[place], words[place + 1]
         step = {0: 2 + many, 1: 3, 2: 4}.get(kind)
