@@ -20,7 +20,7 @@ PIXEL_BYTES = 256 << 20
 BYTE_CAP = 320 << 20
 # Beside its pixels a file holds colour profiles, previews and what a vendor adds.
 BESIDE_PIXELS = 64 << 20
-# What one file may take while it is decoded, with its own bytes, by the measured need of its codec.
+# What one file may take while it is decoded, with its own bytes, by the need of its codec.
 MEMORY_CAP = 1_150_000_000
 # Pixels times passes over them: 25 passes over the largest image. Progressive JPEG has about ten.
 PIXEL_PASSES = 2_000_000_000

@@ -97,8 +97,9 @@ class DicomPicture(Header):
         syntax = dataset.file_meta.TransferSyntaxUID
         packed = bool(syntax.is_valid and not syntax.is_private and syntax.is_compressed)
         packed = packed and not syntax.is_deflated
-        # Measured: what the slowest of the decoders of a syntax keeps of each byte of its pixels,
-        # and pydicom of the compressed ones.
+        # What the slowest decoder of a syntax keeps of each byte of its pixels, and pydicom of the
+        # compressed ones: measured for RLE (3) and JPEG-LS (6); for JPEG 2000 reckoned, since it
+        # keeps each sample as 32 bits.
         times = 3 if not packed else 3 if syntax == _RLE else 12 if syntax in _JPEG2000 else 6
         check_need(size, length, self.where, need=times * size + (3 * length if packed else 0))
         pixels, vr, fragments = self.file.pixels(expected)
