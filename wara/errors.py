@@ -23,10 +23,10 @@ LONGEST = 6000
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
-# As torch, onnxruntime and C++ have it.
+# As torch, onnxruntime, C++, NumPy and pydicom have it, in small letters.
 _NO_MEMORY = (
-    "can't allocate memory", "Cannot allocate memory", "Failed to allocate memory",
-    "not enough memory", "out of memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory", "cannot allocate", "failed to allocate memory", "unable to allocate",
+    "not enough memory", "out of memory", "bad_alloc", "memoryerror", "cublas_status_alloc_failed",
 )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return any(text in str(error) for text in _NO_MEMORY)
+    return any(text in str(error).lower() for text in _NO_MEMORY)
 
 
 def as_refusal(error: BaseException) -> WaraError:

@@ -228,6 +228,8 @@ class ImageSet:
                 try:
                     return replace(self._load(index, spec if keep else None), array=None)
                 except WaraError as error:
+                    if error.kind != "data":  # of the machine: no word on the image
+                        raise
                     return error
 
             found = in_threads(attempt, range(len(self)))

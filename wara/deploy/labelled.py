@@ -185,5 +185,7 @@ def _read(model: Model, images: ImageSet, index: int) -> tuple[np.ndarray, str] 
             whole = images.reader.read(index, spec.bits, spec.greys)
             array = resize(whole, spec.size, spec.interpolation)
     except WaraError as error:
+        if error.kind != "data":  # of the machine: no word on the image
+            raise
         return error
     return normalise(array, spec), loaded.sha256

@@ -159,7 +159,11 @@ class Predictor:
                     batch = []
 
     def read(self, source: Path) -> Reading:
-        """Read one image as the network wants it; a refusal becomes part of the result."""
+        """Read one image as the network wants it; a refusal of it becomes part of the result.
+
+        Raises:
+            WaraError: kind "resources" or "storage" when the machine could not read it.
+        """
         start = time.perf_counter()
         sha256 = uid = None
         try:
@@ -170,6 +174,8 @@ class Predictor:
             shown = opened.array(self.spec)
             pixels = normalise(shown, self.spec)
         except WaraError as error:
+            if error.kind != "data":  # of the machine: the image may be sound
+                raise
             spent = time.perf_counter() - start
             return Reading(source, None, None, sha256, uid, spent, error)
         return Reading(source, pixels, shown, sha256, uid, time.perf_counter() - start)

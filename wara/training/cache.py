@@ -30,7 +30,8 @@ from wara.training.trunk import Trunk
 
 # What decides a token, beside the facts that `TrunkCache.facts` lists.
 _SOURCES = (
-    "images.py", "dicom.py", "data/imageset.py", "data/loader.py",
+    "bounds.py", "codestreams.py", "dicom_file.py", "dicom.py", "pictures.py", "images.py",
+    "data/imageset.py", "data/loader.py",
     "training/augment.py", "training/trunk.py", "training/rows.py", "training/cache.py",
 )  # fmt: skip
 _LIBRARIES = (
