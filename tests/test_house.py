@@ -19,7 +19,7 @@ PACKAGE = ROOT / "wara"
 
 # From the ground up: a room may import those before it. A hospital installs the light ones.
 LIGHT = (
-    "errors storage net schema dicom images wavelets vit cards adapters backbones config "
+    "errors signals storage net schema dicom images wavelets vit cards adapters backbones config "
     "phantoms data evaluation runs deploy"
 ).split()
 ROOMS = [*LIGHT, *"training compare cli".split()]

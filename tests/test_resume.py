@@ -18,9 +18,9 @@ from training_helpers import adapter_bytes, spawn, tiny_config
 
 from wara.config import RunConfig
 from wara.errors import WaraError
+from wara.signals import Stopped
 from wara.training import checkpoint
 from wara.training.checkpoint import load_checkpoint, save_checkpoint
-from wara.training.signals import Stopped
 from wara.training.start import run
 from wara.training.task import FineTuning
 

@@ -21,7 +21,7 @@ from wara.evaluation.predict import Predictions
 from wara.runs import tables
 from wara.runs.folder import RunFolder
 from wara.runs.provenance import collect, data_sha256
-from wara.training.signals import Stopped, StopSignals
+from wara.signals import Stopped, StopSignals
 
 
 def _as_run(path: Path, status: str = "finished") -> RunFolder:

@@ -222,6 +222,9 @@ class RunConfig(Section):
     )
     compile: bool = Field(False, description="Run the model through torch.compile.")
     devices: int = Field(1, ge=1, description="Processes that train together (DDP above 1).")
+    ddp_timeout: float = Field(
+        1800.0, gt=0, description="Seconds that processes wait for a silent one; then the run ends."
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train.")
     deterministic: bool = Field(True, description="Only deterministic kernels.")
 

@@ -73,6 +73,21 @@ class Provenance:
         self.write()
 
 
+def starts(path: Path) -> int:
+    """Return how often the run of a `provenance.json` was begun or resumed; 0 without a file."""
+    try:
+        return len(read_json(path)["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def amend(path: Path, status: str) -> None:
+    """Note the end of a run that could not do so itself; one that finished is left as it is."""
+    content = read_json(path)
+    if content["status"] not in ("finished", status):
+        write_json(path, content | {"status": status, "ended": utc_now()})
+
+
 def utc_now() -> str:
     """The time, UTC, ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

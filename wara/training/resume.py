@@ -12,8 +12,8 @@ from wara.runs.records import ProvenanceFile, other_writer, read_record, writer_
 from wara.training.setup import Prepared
 
 FREE = (
-    "out", "offline", "data.workers", "data.cache", "data.cache_limit", "devices", "accelerator",
-    "bootstrap", "wandb", "tensorboard",
+    "out", "offline", "data.workers", "data.cache", "data.cache_limit", "devices", "ddp_timeout",
+    "accelerator", "bootstrap", "wandb", "tensorboard",
 )  # fmt: skip
 """Keys of a config that decide where and how fast a run goes, not what comes of it."""
 

@@ -14,12 +14,12 @@ from wara.data.imageset import ImageSet
 from wara.data.loader import eval_batches
 from wara.evaluation.split import Split, evaluate_split
 from wara.runs.folder import RunFolder
+from wara.signals import StopSignals
 from wara.training.console import Console, silence_libraries
 from wara.training.plan import Plan, describe
 from wara.training.record import Record
 from wara.training.resume import check_config, check_finished
 from wara.training.setup import Prepared, kernels, prepare
-from wara.training.signals import StopSignals
 from wara.training.tracking import settle
 
 
@@ -53,6 +53,7 @@ def run_here(
         StopSignals() as stop,
         kernels(config.deterministic),
         Console(quiet=quiet, enabled=first) as console,
+        stop.outranking(),
     ):
         tracking = settle(config.wandb)
         if first:
@@ -75,7 +76,7 @@ def run_here(
             console.final(f"already finished: {folder.path}")
         else:
             record = Record(run, folder, console, tracking, first=first, resume=resume)
-            with record.kept(overwrite=overwrite):
+            with record.kept(overwrite=overwrite), stop.outranking():
                 _train(run, record, stop, watch)
                 stop.graceful = False
                 stop.check()

@@ -157,6 +157,7 @@ class Prepared:
             precision=self.device.precision,
             accelerator=self.device.accelerator,
             devices=config.devices,
+            timeout=config.ddp_timeout,
             deterministic=config.deterministic,
             compiled=config.compile,
         )
