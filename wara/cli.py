@@ -38,6 +38,7 @@ exit codes:
 """
 
 INTERRUPTED = 130
+STOPPED = (INTERRUPTED, 143)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +63,22 @@ class _Parser(argparse.ArgumentParser):
             remedy = suggest(flag, flags) if flag.startswith("-") else f"see {parser.prog} --help"
             raise WaraError("usage", f"unknown argument '{unknown[0]}'", remedy=remedy)
         return arguments
+
+
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Be the `wara` command: run it, and end the process with its exit code.
+
+    Once it was asked to stop, no further signal disturbs the end of the interpreter.
+
+    Args:
+        argv: see `main`.
+    """
+    stop = StopSignals()
+    stop.__enter__()  # for good
+    code = main(argv)
+    if code in STOPPED:
+        stop.settle()
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -348,4 +365,4 @@ def _check_dataset(name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -89,8 +89,12 @@ class StopSignals:
             signum: of the signal, which another process may have got.
         """
         self.requested = signum
-        self._left = time.monotonic()
+        self.settle()
         raise Stopped(signum)
+
+    def settle(self) -> None:
+        """Ignore signals for ten seconds from now."""
+        self._left = time.monotonic()
 
     def check(self) -> None:
         """Raise `Stopped` when a stop was requested."""
