@@ -1,6 +1,6 @@
 """Commands that start within milliseconds: a server imports wara once and forks for each of them.
 
-What is started is `wara.cli.program`, in a session of its own, and it ends as an interpreter ends. Its
+What is started is `wara.cli.program`, in a session of its own; it ends as an interpreter ends. Its
 figures are left out and its steps are slowed down, so that a random moment falls into training.
 """
 

@@ -81,11 +81,17 @@ def starts(path: Path) -> int:
         return 0
 
 
-def amend(path: Path, status: str) -> None:
-    """Note the end of a run that could not do so itself; one that finished is left as it is."""
+def amend(path: Path, status: str) -> bool:
+    """Note the end of a run that could not do so itself; one that finished is left as it is.
+
+    Returns:
+        Whether there was anything to note.
+    """
     content = read_json(path)
-    if content["status"] not in ("finished", status):
-        write_json(path, content | {"status": status, "ended": utc_now()})
+    if content["status"] in ("finished", status):
+        return False
+    write_json(path, content | {"status": status, "ended": utc_now()})
+    return True
 
 
 def utc_now() -> str:

@@ -64,8 +64,10 @@ def _together(config: RunConfig, payload: dict[str, Any]) -> None:
         # The process that keeps the record may have been killed, or have waited for one that was.
         # What another run than this one wrote there is left as it is.
         if starts(folder.provenance) > before and not folder.holder():
-            stopped = isinstance(error, Stopped)
-            amend(folder.provenance, "interrupted" if stopped else "failed")
+            if isinstance(error, Stopped):
+                error.told = not amend(folder.provenance, "interrupted")
+            else:
+                amend(folder.provenance, "failed")
         raise
 
 
