@@ -432,6 +432,15 @@ def test_the_folder_is_put_in_order_undisturbed(clock: list[float]) -> None:
         assert stop.requested == signal.SIGTERM
 
 
+def test_what_surrounds_a_stopped_run_is_as_quiet(clock: list[float]) -> None:
+    with StopSignals():
+        with pytest.raises(Stopped), StopSignals():
+            send(signal.SIGTERM, 100.0, clock)
+        send(signal.SIGTERM, 105.0, clock)
+        with pytest.raises(Stopped):
+            send(signal.SIGTERM, 110.1, clock)
+
+
 def test_one_who_waits_for_others_is_told_how_often(clock: list[float]) -> None:
     with StopSignals() as stop:
         stop.patient = True

@@ -77,7 +77,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     stop.__enter__()  # for good
     code = main(argv)
     if code in STOPPED:
-        stop.settle()
+        stop.ignore()
     sys.exit(code)
 
 

@@ -69,6 +69,9 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, StopSignals):  # a stop goes on where this context ends
+                outer._noted, outer._left = self._noted, self._left
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
@@ -89,12 +92,13 @@ class StopSignals:
             signum: of the signal, which another process may have got.
         """
         self.requested = signum
-        self.settle()
+        self._left = time.monotonic()
         raise Stopped(signum)
 
-    def settle(self) -> None:
-        """Ignore signals for ten seconds from now."""
-        self._left = time.monotonic()
+    def ignore(self) -> None:
+        """Ignore signals from now on, also while the interpreter ends, which resets its handlers."""
+        for signum in self._previous:
+            signal.signal(signum, signal.SIG_IGN)
 
     def check(self) -> None:
         """Raise `Stopped` when a stop was requested."""
