@@ -96,7 +96,7 @@ class StopSignals:
         raise Stopped(signum)
 
     def ignore(self) -> None:
-        """Ignore signals from now on, also while the interpreter ends, which resets its handlers."""
+        """Ignore signals from now on, also while the interpreter ends and resets its handlers."""
         for signum in self._previous:
             signal.signal(signum, signal.SIG_IGN)
 
