@@ -8,7 +8,6 @@ import json
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -181,8 +180,10 @@ def serve() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def follow() -> None:
-        for line in sys.stdin:
-            jobs.put(line)
+        # Not `sys.stdin`, whose lock a data worker would find taken for ever when it is forked.
+        with os.fdopen(os.dup(0)) as lines:
+            for line in lines:
+                jobs.put(line)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -200,6 +200,8 @@ def _free_port() -> int:
 
 
 def _follow_parent() -> None:
-    # The launcher holds the other end open for as long as it lives, however it ends.
-    sys.stdin.buffer.read()
+    # The launcher holds the other end open for as long as it lives, however it ends. Not through
+    # `sys.stdin`, whose lock a data worker would find taken for ever when it is forked.
+    while os.read(0, 4096):
+        pass
     os.kill(os.getpid(), signal.SIGKILL)
