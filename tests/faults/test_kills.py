@@ -120,7 +120,8 @@ def test_one_of_the_processes_that_train_together(
 ) -> None:
     """One that is killed or halted ends the run, with exit 7 and a remedy."""
     out = tmp_path / "run"
-    more = "devices=2", "ddp_timeout=20", "epochs=2000", "data.workers=1"
+    # Long enough for processes that start apart on a busy machine.
+    more = "devices=2", "ddp_timeout=60", "epochs=2000", "data.workers=1"
     words = [word for setting in more for word in ("--set", setting)]
     command = start(forks, whole, out, *words).until((out / "metrics.csv").exists)
     os.kill(rank_of(command, rank), how)
