@@ -3,7 +3,7 @@
 
 import sys
 
-from wara.cli import main
+from wara.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    program(["train", *sys.argv[1:]])

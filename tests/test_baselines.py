@@ -33,8 +33,8 @@ from wara.adapters.base import AdapterLayer, Method, adapted_layers
 from wara.adapters.baselines import AdaLoRA
 from wara.adapters.state import ADAPTATION
 from wara.errors import WaraError
+from wara.signals import Stopped
 from wara.training.checkpoint import load_checkpoint
-from wara.training.signals import Stopped
 from wara.training.start import run
 from wara.training.task import FineTuning
 

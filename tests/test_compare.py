@@ -24,7 +24,7 @@ from wara.compare import worker
 from wara.config import load_config
 from wara.data.imageset import FileReader, ImageSet
 from wara.errors import WaraError
-from wara.training.signals import Stopped
+from wara.signals import Stopped
 from wara.training.task import FineTuning
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from training_helpers import make_images, make_weights, spawn, tiny_config
 
 from wara.errors import WaraError
-from wara.training.signals import Stopped
+from wara.signals import Stopped
 from wara.training.start import run
 
 pytestmark = pytest.mark.slow

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "wara"
 
 # From the ground up: a room may import those before it. A hospital installs the light ones.
 LIGHT = (
-    "errors flags memory storage net schema bounds codestreams dicom_file dicom pictures images "
-    "wavelets vit cards adapters backbones config phantoms data evaluation runs deploy"
+    "errors flags memory signals storage net schema bounds codestreams dicom_file dicom pictures "
+    "images wavelets vit cards adapters backbones config phantoms data evaluation runs deploy"
 ).split()
 ROOMS = [*LIGHT, *"training compare cli".split()]
 HEAVY = {"pytorch_lightning", "lightning", "albumentations", "wandb"}

@@ -21,7 +21,7 @@ from wara.config import RunConfig
 from wara.errors import WaraError, as_refusal, out_of_memory
 from wara.evaluation.parts import Parts
 from wara.training.checkpoint import load_checkpoint
-from wara.training.signals import Stopped
+from wara.signals import Stopped
 from wara.training.start import run
 from wara.training.task import FineTuning
 

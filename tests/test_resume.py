@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -15,22 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import adapter_bytes, spawn, tiny_config
+from training_helpers import adapter_bytes, assert_same, spawn, tiny_config
 
 from wara.config import RunConfig
 from wara.errors import WaraError
 from wara.runs.exact import NAMES
+from wara.signals import Stopped
 from wara.training import checkpoint
 from wara.training.checkpoint import Last, load_checkpoint, save_checkpoint
 from wara.training.resume import changes_since, facts_here
 from wara.training.setup import pick_device
-from wara.training.signals import Stopped
 from wara.training.start import run
 from wara.training.task import FineTuning
 
 EPOCHS = 4
-# What differs between two runs of the same config: clocks, and the memory of the process.
-TIMES = {"seconds", "peak_memory_mb"}
 
 
 @pytest.fixture(autouse=True)
@@ -71,26 +68,6 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, batch: int, how: Any) -> None:
     monkeypatch.setattr(FineTuning, "training_step", step)
 
 
-def _assert_same(one: Path, two: Path) -> None:
-    assert adapter_bytes(one) == adapter_bytes(two)
-    for name in ("predictions_val.csv", "predictions_test.csv", "splits.csv"):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
-    for content in metrics:
-        for key in TIMES:
-            del content[key]
-    assert metrics[0] == metrics[1]
-    curves = []
-    for path in (one, two):
-        with (path / "metrics.csv").open() as handle:
-            curves.append([{**row, "seconds": ""} for row in csv.DictReader(handle)])
-    assert curves[0] == curves[1] and len(curves[0]) >= 1
-    states = [load_checkpoint(run / "checkpoints" / "last.ckpt")
-              for run in (one, two)]  # fmt: skip
-    for name, tensor in states[0]["state"].items():
-        assert torch.equal(tensor, states[1]["state"][name]), name
-
-
 @pytest.mark.parametrize("batch", [1, 6, 14])
 def test_stopped_and_resumed_is_bit_identical(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int,
@@ -107,7 +84,7 @@ def test_stopped_and_resumed_is_bit_identical(
     assert record["status"] == "interrupted"
     assert not (tmp_path / "run" / ".lock").exists()
     assert run(config, resume=True, quiet=True) == tmp_path / "run"
-    _assert_same(whole / "run", tmp_path / "run")
+    assert_same(whole / "run", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert record["status"] == "finished" and len(record["started"]) == 2
 
@@ -118,7 +95,7 @@ def test_resume_draws_new_numbers_only_where_counted(whole: Path, tmp_path: Path
     random.seed(5)
     torch.rand(1000)
     run(_config(whole, out=str(tmp_path / "run")), quiet=True)
-    _assert_same(whole / "run", tmp_path / "run")
+    assert_same(whole / "run", tmp_path / "run")
     run(_config(whole, out=str(tmp_path / "other"), seed=1), quiet=True)
     assert adapter_bytes(tmp_path / "run") != adapter_bytes(tmp_path / "other")
 
@@ -145,7 +122,7 @@ def test_killed_at_a_random_moment_and_resumed_with_workers(
     again = spawn(_config(whole, out=str(tmp_path / "run"), data__workers=attempt % 3), resume=True)
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, out + err
-    _assert_same(whole / "run", tmp_path / "run")
+    assert_same(whole / "run", tmp_path / "run")
     assert not list((tmp_path / "run").rglob(".*"))
 
 
@@ -177,7 +154,7 @@ def test_a_kill_between_the_two_checkpoints(
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() == (survivor == "last")
     assert not (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
     run(config, resume=True, quiet=True)
-    _assert_same(whole / "run", tmp_path / "run")
+    assert_same(whole / "run", tmp_path / "run")
 
 
 @pytest.mark.parametrize("left", [["train.log"], ["config.yaml", ".lock"]])
@@ -195,7 +172,7 @@ def test_a_kill_before_the_first_checkpoint(
     run(config, resume=True)
     told = "no checkpoint to resume from yet; starting from the first epoch"
     assert told in capsys.readouterr().out and told in (path / "train.log").read_text()
-    _assert_same(whole / "run", path)
+    assert_same(whole / "run", path)
 
 
 def test_resume_without_a_run_starts_at_the_start_and_says_so(
@@ -204,7 +181,7 @@ def test_resume_without_a_run_starts_at_the_start_and_says_so(
     """A kill may have come before the folder was there."""
     run(_config(whole, out=str(tmp_path / "run")), resume=True, quiet=True)
     assert f"starting from the first epoch: {tmp_path / 'run'}" in capsys.readouterr().out
-    _assert_same(whole / "run", tmp_path / "run")
+    assert_same(whole / "run", tmp_path / "run")
 
 
 def test_a_resume_that_never_began_leaves_nothing(whole: Path, tmp_path: Path) -> None:
@@ -328,7 +305,7 @@ def test_resume_refuses_what_is_not_the_runs_own(half: RunConfig, whole: Path) -
 
     last.write_bytes(intact)
     run(half, resume=True, quiet=True)
-    _assert_same(whole / "run", folder)
+    assert_same(whole / "run", folder)
 
 
 def test_a_checkpoint_holds_what_trains_and_no_more(whole: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from wara.evaluation.predict import Predictions
 from wara.runs import tables
 from wara.runs.folder import RunFolder
 from wara.runs.provenance import collect, data_sha256
-from wara.training.signals import Stopped, StopSignals
 
 
 def _as_run(path: Path, status: str = "finished") -> RunFolder:
@@ -378,29 +376,3 @@ def test_provenance_is_json() -> None:
     )  # fmt: skip
     assert json.loads(json.dumps(record)) == record
     assert record["versions"]["torch"] and record["torch"]["threads"] >= 1
-
-
-# -- signals ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_outside_training_stops_at_once(signum: int, code: int) -> None:
-    before = signal.getsignal(signum)
-    with pytest.raises(Stopped) as caught, StopSignals():
-        os.kill(os.getpid(), signum)
-        time.sleep(5)
-    assert caught.value.code == code
-    assert signal.getsignal(signum) is before
-
-
-def test_during_training_the_first_waits_and_the_second_does_not() -> None:
-    with StopSignals() as stop:
-        stop.graceful = True
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert stop.requested == signal.SIGTERM
-        with pytest.raises(Stopped):
-            stop.check()
-        with pytest.raises(Stopped):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)

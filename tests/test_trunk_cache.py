@@ -21,13 +21,13 @@ from wara.config import RunConfig
 from wara.data import eval_batches
 from wara.errors import WaraError
 from wara.evaluation.predict import predict
+from wara.signals import Stopped
 from wara.training import cache as cache_module
 from wara.training.augment import CountedAugment
 from wara.training.cache import TrunkCache
 from wara.training.fit import fit
 from wara.training.plan import describe
 from wara.training.setup import Prepared, prepare
-from wara.training.signals import Stopped
 from wara.training.start import run
 from wara.training.task import FineTuning
 

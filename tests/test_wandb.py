@@ -19,7 +19,7 @@ from wandb_server import served
 
 from wara.config.schema import WandbConfig
 from wara.errors import WaraError
-from wara.training.signals import Stopped
+from wara.signals import Stopped
 from wara.training.start import run
 from wara.training.task import FineTuning
 from wara.training.tracking import epochs_in, files_of, is_sent, settle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -16,8 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from wara.config import RunConfig
+from wara.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+# What differs between two runs of the same config: clocks, and the memory of the process.
+TIMES = {"seconds", "peak_memory_mb"}
 CLASSES = ("calm", "mixed", "rough")
 
 
@@ -85,6 +89,7 @@ def environment(**more: str) -> dict[str, str]:
 PROGRAM = """
 import json, sys
 from wara.config import RunConfig
+from wara.training.checkpoint import load_checkpoint
 from wara.errors import WaraError
 from wara.training.start import run
 payload = json.loads(sys.argv[1])
@@ -108,3 +113,24 @@ def spawn(config: RunConfig, before: str = "", **flags: bool) -> subprocess.Pope
 def adapter_bytes(run: Path) -> bytes:
     """The exported adapter."""
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """What two runs of one config leave is the same, to the bit."""
+    assert adapter_bytes(one) == adapter_bytes(two)
+    for name in ("predictions_val.csv", "predictions_test.csv", "splits.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    for content in metrics:
+        for key in TIMES:
+            del content[key]
+    assert metrics[0] == metrics[1]
+    curves = []
+    for path in (one, two):
+        with (path / "metrics.csv").open() as handle:
+            curves.append([{**row, "seconds": ""} for row in csv.DictReader(handle)])
+    assert curves[0] == curves[1] and len(curves[0]) >= 1
+    states = [load_checkpoint(run / "checkpoints" / "last.ckpt")
+              for run in (one, two)]  # fmt: skip
+    for name, tensor in states[0]["state"].items():
+        assert torch.equal(tensor, states[1]["state"][name]), name

@@ -7,6 +7,7 @@ answered at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from wara.compare.verbs import compare_verb
 from wara.deploy.verbs import VERBS, Verb
 from wara.errors import WaraError, as_refusal, suggest
+from wara.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from wara.config import RunConfig
@@ -36,6 +38,7 @@ exit codes:
 """
 
 INTERRUPTED = 130
+STOPPED = (INTERRUPTED, 143)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +65,22 @@ class _Parser(argparse.ArgumentParser):
         return arguments
 
 
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Be the `wara` command: run it, and end the process with its exit code.
+
+    Once it was asked to stop, no further signal disturbs the end of the interpreter.
+
+    Args:
+        argv: see `main`.
+    """
+    stop = StopSignals()
+    stop.__enter__()  # for good
+    code = main(argv)
+    if code in STOPPED:
+        stop.ignore()
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `wara` command and return its exit code.
 
@@ -71,12 +90,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments: argparse.Namespace | None = None
     try:
         arguments = build_parser().parse_or_refuse(sys.argv[1:] if argv is None else argv)
-        arguments.verb(arguments)
-        sys.stdout.flush()
+        with StopSignals() as stop, stop.outranking():
+            arguments.verb(arguments)
+            sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # of a thread, or of a library that handles Ctrl-C itself
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
+    except Stopped as stopped:
+        if not stopped.told:
+            with contextlib.suppress(OSError):  # the terminal may be what was closed
+                print(f"stopped by {stopped.signal_name}", file=sys.stderr)
+        return int(stopped.code)
     except Exception as error:
         refusal = as_refusal(error)
         if getattr(arguments, "debug", False):
@@ -381,4 +406,4 @@ def _check_dataset(name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -28,6 +28,8 @@ _NO_MEMORY = (
     "can't allocate memory", "cannot allocate", "failed to allocate memory", "unable to allocate",
     "not enough memory", "out of memory", "bad_alloc", "memoryerror", "cublas_status_alloc_failed",
 )  # fmt: skip
+PEER_LOST = "contact with another training process was lost"
+_PEER = re.compile(r"\bgloo/|Connection closed by peer|Connection reset by peer")
 
 
 class WaraError(Exception):
@@ -142,6 +144,12 @@ def as_refusal(error: BaseException) -> WaraError:
     if "DataLoader worker" in message and ("killed" in message or "exited" in message):
         remedy = "lower data.workers, or give the machine more (shared) memory"
         return WaraError("resources", "a data worker was killed", "data.workers", remedy)
+    if isinstance(error, RuntimeError) and (
+        type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+        or _PEER.search(message)
+    ):
+        remedy = "see what ended it, then go on with --resume"
+        return WaraError("resources", PEER_LOST, "devices", remedy)
     if "does not have a deterministic implementation" in message:
         remedy = "set deterministic=false; resuming is then not bit-exact"
         return WaraError("config", message.split(".")[0], "deterministic", remedy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -15,8 +14,10 @@ from typing import Protocol
 from wara.compare.worker import Job, Outcome, Shelf, Worker
 from wara.errors import WaraError
 from wara.images import processors
-from wara.training.processes import interpreter_environment
-from wara.training.signals import Stopped, StopSignals
+from wara.signals import Stopped, StopSignals
+from wara.training.processes import QUIET_START, interpreter_environment
+
+_HEARD = 1.0  # seconds
 
 Done = Callable[[Job, Outcome], None]
 """Called with each job and what came of it, in the order in which they end."""
@@ -29,7 +30,7 @@ class Launcher(Protocol):
         """Do all jobs.
 
         Raises:
-            Stopped: after SIGTERM or SIGINT, once the jobs that were going on have stopped.
+            Stopped: after SIGTERM, SIGINT or SIGHUP, once the jobs that were going on have stopped.
         """
 
 
@@ -71,16 +72,18 @@ class Processes:
         ended: queue.SimpleQueue[tuple[Job, Outcome] | None] = queue.SimpleQueue()
         lanes = [_Lane(self.threads, waiting, ended) for _ in range(min(self.count, len(jobs)))]
         with StopSignals() as stop:
-            stop.graceful = True
+            stop.patient = True
             for lane in lanes:
                 lane.start()
-            going, told = len(lanes), False
+            going, told = len(lanes), 0
             try:
                 while going:
-                    if stop.requested and not told:
-                        told = True
+                    if stop.times > told:
+                        told = stop.times
                         for lane in lanes:
                             lane.stop(stop.requested)
+                    if told > 1:
+                        break
                     try:
                         found = ended.get(timeout=0.2)
                     except queue.Empty:
@@ -107,10 +110,11 @@ class _Lane(threading.Thread):
         super().__init__(daemon=True)
         self.threads, self.waiting, self.ended = threads, waiting, ended
         self.process: subprocess.Popen[str] | None = None
-        self.stopping = False
+        self.stopping = threading.Event()
+        self._starting = threading.Lock()
 
     def run(self) -> None:
-        while not self.stopping:
+        while not self.stopping.is_set():
             try:
                 job = self.waiting.get_nowait()
             except queue.Empty:
@@ -120,41 +124,53 @@ class _Lane(threading.Thread):
         self.ended.put(None)
 
     def _do(self, job: Job) -> Outcome:
+        with self._starting:  # a worker that starts after the others were told would not stop
+            if self.stopping.is_set():
+                return {"status": "interrupted", "reason": None}
+            process = self._worker()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        outcome: Outcome | None = json.loads(line) if line.endswith("\n") else None
+        if outcome is not None and outcome["status"] != "interrupted":
+            return outcome
+        # A signal to all processes of a job may reach the worker before it reaches this one.
+        if self.stopping.wait(_HEARD):
+            return {"status": "interrupted", "reason": None}
+        how = "told to stop" if outcome else f"killed (code {process.wait()})"
+        error = WaraError(
+            "resources", f"the worker was {how}", job.place,
+            "free memory, or lower --jobs; the same command goes on",
+        )  # fmt: skip
+        return {"status": "failed", "reason": str(error), "kind": error.kind}
+
+    def _worker(self) -> subprocess.Popen[str]:
         if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", "from wara.compare.worker import serve; serve()"],
+            code = "from wara.compare.worker import serve; serve()"
+            self.process = subprocess.Popen(  # noqa: S603  (this very program)
+                [sys.executable, "-c", QUIET_START + code],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env=interpreter_environment(self.threads),
                 # Ctrl-C reaches every process of the terminal; workers hear of it from here, once.
                 start_new_session=True,
             )  # fmt: skip
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except OSError:
-            line = ""
-        if line:
-            return json.loads(line)
-        if self.stopping:
-            return {"status": "interrupted", "reason": None}
-        code = self.process.wait()
-        error = WaraError(
-            "resources", f"the worker was killed (code {code})", job.place,
-            "free memory, or lower --jobs; the same command goes on",
-        )  # fmt: skip
-        return {"status": "failed", "reason": str(error), "kind": error.kind}
+        return self.process
 
     def stop(self, signum: int) -> None:
         """Ask the worker to stop after its step."""
-        self.stopping = True
-        if self.process is not None and self.process.poll() is None:
-            os.kill(self.process.pid, signum)
+        with self._starting:
+            self.stopping.set()
+            if self.process is not None and self.process.poll() is None:
+                self.process.send_signal(signum)
 
     def kill(self) -> None:
         """End the worker; it has nothing to lose between jobs."""
-        self.stopping = True
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        with self._starting:
+            self.stopping.set()
+            if self.process is not None and self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()

@@ -8,7 +8,6 @@ import json
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -18,13 +17,14 @@ from typing import Any
 from wara.compare.cells import seal, seal_path
 from wara.config import RunConfig
 from wara.data.imageset import ImageSet
+from wara.data.workers import end_with
 from wara.errors import WaraError, as_refusal
 from wara.runs.folder import RunFolder
 from wara.runs.provenance import forget_peak_memory
+from wara.signals import Stopped, StopSignals
 from wara.storage import read_json, write_json
 from wara.training.run import evaluate, run_here
 from wara.training.setup import Prepared, kernels, open_images, prepare
-from wara.training.signals import Stopped, StopSignals
 
 Outcome = dict[str, Any]
 """`status` (`finished | failed | interrupted`), `reason`, and what the job found; plain values."""
@@ -174,13 +174,16 @@ def serve() -> None:
 
     It ends with its parent, however that ends: the other end of stdin is then closed.
     """
+    end_with(os.getppid())  # the thread below does not run while the process is stopped
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def follow() -> None:
-        for line in sys.stdin:
-            jobs.put(line)
+        # Not `sys.stdin`, whose lock a data worker would find taken for ever when it is forked.
+        with os.fdopen(os.dup(0)) as lines:
+            for line in lines:
+                jobs.put(line)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -264,6 +264,10 @@ class RunConfig(Section):
     devices: int = Field(
         1, ge=1, le=1024, description="Processes that train together (DDP above 1)."
     )
+    ddp_timeout: float = Field(
+        1800.0, gt=0, le=1e7,
+        description="Seconds that processes wait for a silent one; then the run ends.",
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train.")
     deterministic: bool = Field(True, description="Only deterministic kernels.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wara.data.imageset import ImageSet
+from wara.data.workers import worker_options
 from wara.images import ImageSpec, to_tensor
 
 Key = tuple[int, int]
@@ -80,12 +80,11 @@ def load_batches(
         Images(image_set, spec, augment),
         batch_size=batch_size,
         sampler=order,
-        num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread if workers else None,
         # What torch draws for workers decides nothing; dropout's own generator must not give it.
         generator=torch.Generator(),
+        **worker_options(workers),
     )
 
 
@@ -102,10 +101,3 @@ def eval_batches(
     return load_batches(
         image_set, order, spec, indices=indices, batch_size=batch_size, workers=workers
     )
-
-
-def _one_thread(_: int) -> None:
-    """Keep OpenCV to one thread in a worker, when it is loaded; workers are many already."""
-    cv2 = sys.modules.get("cv2")
-    if cv2 is not None:
-        cv2.setNumThreads(0)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from wara.cards import Card, PhantomSource
 from wara.data.imageset import ArrayReader, ImageSet, Record
 from wara.data.splits import SPLITS, connected_groups, stratify
+from wara.data.workers import worker_options
 from wara.errors import WaraError
 from wara.images import processors
 from wara.storage import code_sha256, replacing
@@ -103,8 +104,8 @@ def _collection(
         _Drawings(modality, total, seed, size),
         batch_size=None,
         collate_fn=_as_is,
-        num_workers=0 if total < _FEW else min(8, processors()),
         generator=torch.Generator().manual_seed(0),  # leaves the global one alone
+        **worker_options(0 if total < _FEW else min(8, processors())),
     )
     images, labels, patients = zip(*loader, strict=True)
     stack, numbers = np.stack(images), np.array(labels, np.int64)

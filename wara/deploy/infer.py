@@ -326,6 +326,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error[usage]: {what}; start it with Python {wanted} or newer", file=sys.stderr)
         return 2
     from wara.errors import as_refusal
+    from wara.signals import Stopped, StopSignals
 
     parser = argparse.ArgumentParser(prog="infer.py", description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
@@ -336,10 +337,14 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments: argparse.Namespace | None = None
     try:
         arguments = parser.parse_args(words)
-        if not serve(_HERE, arguments):
-            predict(_HERE, arguments)
-    except KeyboardInterrupt:
-        return 130
+        # Heeded for its exit code and the locks; as the first process of a container it would be
+        # ignored otherwise.
+        with StopSignals():
+            if not serve(_HERE, arguments):
+                predict(_HERE, arguments)
+    except Stopped as stopped:
+        print(f"stopped by {stopped.signal_name}", file=sys.stderr)
+        return stopped.code
     except Exception as error:
         if getattr(arguments, "debug", False):
             traceback.print_exception(error)

@@ -93,6 +93,27 @@ def recorded_memory(path: Path) -> list[list[int]]:
         return []  # damaged or not written yet; what went before stands in the checkpoint
 
 
+def starts(path: Path) -> int:
+    """Return how often the run of a `provenance.json` was begun or resumed; 0 without a file."""
+    try:
+        return len(read_json(path)["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def amend(path: Path, status: str) -> bool:
+    """Note the end of a run that could not do so itself; one that finished is left as it is.
+
+    Returns:
+        Whether there was anything to note.
+    """
+    content = read_json(path)
+    if content["status"] in ("finished", status):
+        return False
+    write_json(path, content | {"status": status, "ended": utc_now()})
+    return True
+
+
 def utc_now() -> str:
     """The time, UTC, ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

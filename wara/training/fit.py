@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,6 +91,7 @@ def fit(
             # Buffers are constants here (a ViT has no batch norm), and validation batches may
             # differ in number between processes.
             broadcast_buffers=False,
+            timeout=timedelta(seconds=recipe.timeout),
         )
     with kernels(recipe.deterministic):  # the trainer would set them and leave them so
         trainer = pl.Trainer(
@@ -111,6 +113,10 @@ def fit(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
+        # Lightning's SIGTERM handler ends the process with exit code 0, and talks to other
+        # processes from inside of a signal handler.
+        connector: Any = trainer._signal_connector
+        connector.register_signal_handlers = lambda: None
         done: Any = trainer.fit_loop.epoch_progress.current
         done.ready = done.started = done.processed = done.completed = progress.epoch
         data = ImageDataModule(

@@ -13,9 +13,9 @@ from wara.adapters import adapter_state_dict
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress, Row
 from wara.runs.tables import write_curves
+from wara.signals import StopSignals
 from wara.training.checkpoint import write_best, write_last
 from wara.training.console import Console
-from wara.training.signals import Stopped, StopSignals
 from wara.training.task import FineTuning
 
 
@@ -58,13 +58,8 @@ class Journal(pl.Callback):
         self.facts, self.noted = facts or {}, noted
         self._began = time.perf_counter()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals back from Lightning."""
-        self.stop.install()
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on, a stop waits for the end of the step."""
-        self.stop.install()
         self.stop.graceful = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,7 +72,7 @@ class Journal(pl.Callback):
         """Stop when all processes agreed to, in this step's exchange."""
         assert isinstance(pl_module, FineTuning)
         if pl_module.agreed_stop:
-            raise Stopped(pl_module.agreed_stop)
+            self.stop.leave(pl_module.agreed_stop)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write, print, and decide whether to go on."""
@@ -129,7 +124,7 @@ class Journal(pl.Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         if flag.item() and progress.epoch < recipe.epochs:
-            raise Stopped(int(flag.item()))
+            self.stop.leave(int(flag.item()))
 
     def shrunk(self, batch: int, images: int) -> None:
         """Note that memory ran out, and how many images at a time are computed from now on.

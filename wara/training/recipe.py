@@ -33,6 +33,7 @@ class Recipe:
         precision: Lightning's name of it.
         accelerator: `cpu | gpu`.
         devices: processes that train together.
+        timeout: seconds that one of them waits for another.
         deterministic: only deterministic kernels.
         compiled: run the model through `torch.compile`.
     """
@@ -57,6 +58,7 @@ class Recipe:
     precision: str = "32-true"
     accelerator: str = "cpu"
     devices: int = 1
+    timeout: float = 1800.0
     deterministic: bool = True
     compiled: bool = False
 

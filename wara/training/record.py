@@ -21,6 +21,7 @@ from wara.runs.progress import Progress, Row
 from wara.runs.provenance import Provenance, collect, peak_memory_mb, recorded_memory
 from wara.runs.sealed import seal_run
 from wara.runs.tables import label_names, write_curves, write_splits
+from wara.signals import Stopped
 from wara.storage import write_text
 from wara.training.checkpoint import (
     Last,
@@ -36,7 +37,6 @@ from wara.training.loggers import Sinks, public_config
 from wara.training.plan import Plan
 from wara.training.resume import changes_since, facts_here
 from wara.training.setup import Prepared
-from wara.training.signals import Stopped
 from wara.training.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -207,11 +207,16 @@ class Record:
             return
         if isinstance(error, Stopped):
             if self.provenance is not None:
+                if self.provenance.content["status"] == "finished":
+                    return  # in its last moments, when there is nothing to go on with
                 self.provenance.end("interrupted")
-            console.final(
-                f"stopped by {error.signal_name} after {progress.epoch} of "
-                f"{self.run.config.epochs} epochs; go on with --resume"
-            )
+            # A terminal that was closed takes no more lines.
+            with contextlib.suppress(OSError):
+                console.final(
+                    f"stopped by {error.signal_name} after {progress.epoch} of "
+                    f"{self.run.config.epochs} epochs; go on with --resume"
+                )
+                error.told = True
             return
         console.log_only("".join(traceback.format_exception(error)).rstrip())
         # A run to resume may not have begun yet; then it is as a new one.

@@ -16,8 +16,8 @@ from wara.training.checkpoint import Last
 from wara.training.setup import Device, Prepared
 
 FREE = (
-    "out", "offline", "data.workers", "data.cache", "data.cache_limit", "devices", "accelerator",
-    "bootstrap", "wandb", "tensorboard",
+    "out", "offline", "data.workers", "data.cache", "data.cache_limit", "devices", "ddp_timeout",
+    "accelerator", "bootstrap", "wandb", "tensorboard",
 )  # fmt: skip
 """Keys of a config that decide where and how fast a run goes; what of that comes into the last bit
 of the weights is among the facts of `wara.runs.exact`."""

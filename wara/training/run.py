@@ -12,6 +12,7 @@ from wara.errors import WaraError, as_refusal, out_of_memory
 from wara.runs import exact
 from wara.runs.folder import RunFolder
 from wara.runs.sealed import altered, read_seal
+from wara.signals import StopSignals
 from wara.training.checkpoint import read_last
 from wara.training.console import Console, silence_libraries
 from wara.training.judge import evaluate
@@ -20,7 +21,6 @@ from wara.training.plan import Plan, describe
 from wara.training.record import Record
 from wara.training.resume import changes_since, check_config, check_finished, facts_here
 from wara.training.setup import Prepared, kernels, pick_device, prepare
-from wara.training.signals import StopSignals
 from wara.training.tracking import settle
 
 
@@ -62,6 +62,7 @@ def run_here(
         StopSignals() as stop,
         kernels(config.deterministic),
         Console(quiet=quiet, enabled=first) as console,
+        stop.outranking(),
     ):
         tracking = settle(config.wandb)
         if first:
@@ -105,7 +106,7 @@ def run_here(
             record = Record(
                 run, folder, console, tracking, first=first, resume=resume, allow=allow, micro=micro
             )
-            with record.kept(overwrite=overwrite):
+            with record.kept(overwrite=overwrite), stop.outranking():
                 _train(run, record, stop, watch)
                 stop.graceful = False
                 stop.check()

@@ -162,6 +162,7 @@ class Prepared:
             precision=self.device.precision,
             accelerator=self.device.accelerator,
             devices=config.devices,
+            timeout=config.ddp_timeout,
             deterministic=config.deterministic,
             compiled=config.compile,
         )

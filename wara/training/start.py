@@ -8,10 +8,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from wara.config import RunConfig
 from wara.errors import WaraError, WaraErrors
 from wara.runs.folder import RunFolder
+from wara.runs.provenance import amend, starts
+from wara.signals import Stopped
 from wara.training import processes
 from wara.training.run import run_here
 
@@ -42,7 +45,7 @@ def run(
 
     Raises:
         WaraError: every refusal; kind and exit code say which.
-        Stopped: after SIGTERM or SIGINT, with exit code 143 or 130.
+        Stopped: after SIGTERM, SIGINT or SIGHUP, with exit code 143 or 130.
     """
     if config.devices > 1 and not dry_run:
         RunFolder(config.folder).check(resume=resume, overwrite=overwrite)
@@ -56,11 +59,27 @@ def run(
             },
             "argv": sys.argv,
         }
-        processes.launch("from wara.training.start import child; child()", payload, config.devices)
+        _together(config, payload)
         return config.folder
     return run_here(
         config, resume=resume, overwrite=overwrite, dry_run=dry_run, quiet=quiet, allow=allow
     )
+
+
+def _together(config: RunConfig, payload: dict[str, Any]) -> None:
+    folder = RunFolder(config.folder)
+    before = starts(folder.provenance)
+    try:
+        processes.launch("from wara.training.start import child; child()", payload, config.devices)
+    except BaseException as error:
+        # The process that keeps the record may have been killed, or have waited for one that was.
+        # What another run than this one wrote there is left as it is.
+        if starts(folder.provenance) > before and not folder.holder():
+            if isinstance(error, Stopped):
+                error.told = not amend(folder.provenance, "interrupted")
+            else:
+                amend(folder.provenance, "failed")
+        raise
 
 
 def child() -> None:
@@ -90,8 +109,6 @@ def _child() -> int:
         processes.report(rank, payload, error.errors if isinstance(error, WaraErrors) else [error])
         return error.exit_code
     except Exception as error:
-        # A process that loses its peers fails too; only the first fault is worth showing.
-        if rank == 0 or "Connection closed by peer" not in str(error):
-            traceback.print_exc()
+        processes.report_bug(rank, payload, "".join(traceback.format_exception(error)))
         return 1
     return 0

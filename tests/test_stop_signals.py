@@ -1,0 +1,101 @@
+"""What a signal does, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from wara.errors import WaraError
+from wara.signals import Stopped, StopSignals
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+)
+def test_a_signal_outside_training_stops_at_once(signum: int, code: int) -> None:
+    before = signal.getsignal(signum)
+    with pytest.raises(Stopped) as caught, StopSignals():
+        os.kill(os.getpid(), signum)
+        time.sleep(5)
+    assert caught.value.code == code
+    assert signal.getsignal(signum) is before
+
+
+def send(signum: int, at: float, clock: list[float]) -> None:
+    clock[0] = at
+    os.kill(os.getpid(), signum)
+    time.sleep(0.01)  # a handler runs between two lines
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr("wara.signals.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_during_training_the_first_waits_and_the_second_does_not(clock: list[float]) -> None:
+    with StopSignals() as stop:
+        stop.graceful = True
+        send(signal.SIGINT, 100.0, clock)
+        assert stop.requested == signal.SIGINT
+        send(signal.SIGTERM, 100.4, clock)  # `timeout` signals its child, then the group
+        with pytest.raises(Stopped) as caught:
+            send(signal.SIGTERM, 100.6, clock)
+        assert caught.value.code == 130  # what came first
+
+
+def test_the_folder_is_put_in_order_undisturbed(clock: list[float]) -> None:
+    with StopSignals() as stop:
+        with pytest.raises(Stopped):
+            send(signal.SIGTERM, 100.0, clock)
+        for at in (100.7, 105.0, 109.9):
+            send(signal.SIGINT, at, clock)
+        with pytest.raises(Stopped):  # where the first was swallowed, or something hangs
+            send(signal.SIGINT, 110.1, clock)
+        assert stop.requested == signal.SIGTERM
+
+
+def test_what_surrounds_a_stopped_run_is_as_quiet(clock: list[float]) -> None:
+    with StopSignals():
+        with pytest.raises(Stopped), StopSignals():
+            send(signal.SIGTERM, 100.0, clock)
+        send(signal.SIGTERM, 105.0, clock)
+        with pytest.raises(Stopped):
+            send(signal.SIGTERM, 110.1, clock)
+
+
+def test_one_who_waits_for_others_is_told_how_often(clock: list[float]) -> None:
+    with StopSignals() as stop:
+        stop.patient = True
+        for at in (100.0, 100.1, 101.0):
+            send(signal.SIGTERM, at, clock)
+        assert stop.times == 2
+        with pytest.raises(Stopped):
+            stop.check()
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stop_outranks_what_dies_of_it_but_no_refusal() -> None:
+    stop = StopSignals()
+    with pytest.raises(ZeroDivisionError), stop.outranking():
+        raise ZeroDivisionError
+    stop.requested = signal.SIGTERM
+    with pytest.raises(Stopped) as caught, stop.outranking():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+    assert caught.value.code == 143
+    with pytest.raises(WaraError, match="full"), stop.outranking():
+        raise WaraError("storage", "the disk is full")
