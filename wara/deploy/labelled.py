@@ -182,4 +182,4 @@ def _read(model: Model, images: ImageSet, index: int) -> tuple[np.ndarray, str] 
             array = resize(whole, spec.size, spec.interpolation)
     except WaraError as error:
         return error
-    return normalise(array, spec), loaded.sha256
+    return normalise(array, spec), loaded.facts.sha256
