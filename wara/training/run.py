@@ -65,6 +65,7 @@ def run_here(
             report_dir=None if dry_run else folder.path.parent,
             confirm=functools.partial(check_config, folder) if again else lambda _: None,
             opened=opened,
+            known=dry_run,
         )
         plan = describe(run)
         console.plan(plan.warnings(), plan.lines())
