@@ -241,12 +241,13 @@ def _looks_table(content: Content, drawn: Mapping[str, str]) -> Iterator[Part]:
         cells = ["–" if pair is None else f"{pair[0]:.1f} ± {pair[1]:.1f}" for pair in pairs]
         values = ["–" if v is None else f"{v:.3f}" for v in row["auroc"].values()]
         rows.append([name, str(row["images"]), *cells, *values])
-    heads = ("Class", "Images", "Mean grey", "Deviation in an image", "AUROC of brightness",
-             "AUROC of contrast", "AUROC of size")  # fmt: skip
+    heads = ("Class", "Images", "Brightness", "Contrast", "AUROC: brightness",
+             "contrast", "size")  # fmt: skip
     yield Table(heads, rows)
     yield Text(
-        "Greys from 0 to 255, mean and deviation over the images. Each AUROC says how well one such "
-        "number tells the class from the rest; 0.5 is chance, and above "
+        "Brightness is the mean of the greys of an image (0 to 255), contrast their deviation; both "
+        "as mean ± deviation over the images. An AUROC says how well that one number tells the "
+        "class from the rest; 0.5 is chance, and above "
         f"{content['suspicious_above']:g} is a warning.",
         small=True,
     )
