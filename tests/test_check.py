@@ -1,4 +1,4 @@
-"""`wara check`: the gate of training without a model, its report, and what is kept between checks."""
+"""`wara check`: the gate of training without a model, its report, what is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from training_helpers import make_images, tiny_config
+from training_helpers import CLASSES, make_images, tiny_config
 
 from wara import cli
 from wara.check.content import kind_of

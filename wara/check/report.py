@@ -245,9 +245,9 @@ def _looks_table(content: Content, drawn: Mapping[str, str]) -> Iterator[Part]:
              "contrast", "size")  # fmt: skip
     yield Table(heads, rows)
     yield Text(
-        "Brightness is the mean of the greys of an image (0 to 255), contrast their deviation; both "
-        "as mean ± deviation over the images. An AUROC says how well that one number tells the "
-        "class from the rest; 0.5 is chance, and above "
+        "Brightness is the mean of the greys of an image (0 to 255), contrast their deviation; "
+        "both as mean ± deviation over the images. An AUROC says how well that one number tells "
+        "the class from the rest; 0.5 is chance, and above "
         f"{content['suspicious_above']:g} is a warning.",
         small=True,
     )

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-import wara.dicom
-import wara.images
+from wara import dicom, images
 from wara.dicom import DicomPicture
 from wara.errors import WaraError
 from wara.images import FORMATS, Depth, Opened
@@ -233,5 +232,5 @@ def stamp_of(path: str | Path) -> Stamp | None:
 
 def _code() -> str:
     """Hash of the code that finds the facts, and of what decodes for it."""
-    modules = (wara.images.__file__, wara.dicom.__file__, __file__)
+    modules = (images.__file__, dicom.__file__, __file__)
     return code_sha256(map(Path, modules), ("numpy", "pillow", "pydicom"))
