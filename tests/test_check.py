@@ -285,8 +285,7 @@ def test_a_config_a_card_and_a_path_mean_the_same(data: Path, tmp_path: Path, ca
     card = tmp_path / "card.yaml"
     card.write_text(
         "name: card\ntitle: Card\ntask: multiclass\nsource: {kind: csv, path: data/labels.csv}\n"
-        "classes:\n"
-        + "".join(f"- {{name: {n}, meaning: ''}}\n" for n in ("calm", "mixed", "rough"))
+        "classes:\n" + "".join(f"- {{name: {n}, meaning: ''}}\n" for n in CLASSES)
     )
     tables = []
     for words in ([config], [data, "--set", "data.val_fraction=0.3"],

@@ -11,7 +11,7 @@ from typing import Any
 from wara.check import sheets
 from wara.check.content import COLUMNS, Content, rows_of
 from wara.check.inspection import Inspection
-from wara.data.balance import table_lines
+from wara.data.balance import SplitTable, table_lines
 from wara.data.splits import SPLITS
 from wara.deploy.document import Banner, Heading, Part, Picture, Table, Text, Tiles, as_html
 from wara.deploy.places import check_places
@@ -92,7 +92,7 @@ def lines(content: Content) -> Iterator[str]:
     else:
         about = f"{content['name']}: {content['title']} ({content['task']}, {content['origin']})"
         yield _pair("data set", about)
-        for i, line in enumerate(table_lines(_Table(content))):
+        for i, line in enumerate(table_lines(_table(content["splits"]))):
             yield _pair("" if i else "splits", line)
         yield _pair("files", _files(content["files"]))
         for name, row in content["looks"].items():
@@ -112,15 +112,13 @@ def _pair(name: str, text: str) -> str:
     return f"{name:<10} {text}".rstrip()
 
 
-class _Table:
-    """The images per split and class in the content, as `table_lines` takes it."""
-
-    def __init__(self, content: Content) -> None:
-        splits = content["splits"]
-        self.classes = tuple(splits["train"]["classes"])
-        self.counts = {s: tuple(splits[s]["classes"].values()) for s in SPLITS}
-        self.images = {s: splits[s]["images"] for s in SPLITS}
-        self.patients = {s: splits[s]["patients"] for s in SPLITS}
+def _table(splits: Content) -> SplitTable:
+    return SplitTable(
+        classes=tuple(splits["train"]["classes"]),
+        counts={name: tuple(splits[name]["classes"].values()) for name in SPLITS},
+        images={name: splits[name]["images"] for name in SPLITS},
+        patients={name: splits[name]["patients"] for name in SPLITS},
+    )
 
 
 def _by_kind(faults: Sequence[Content]) -> dict[str, dict[str, list[Content]]]:
