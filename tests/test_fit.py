@@ -41,10 +41,12 @@ class Guarded(ArrayReader):
         self.seen.add(index)
         return super().read(index, bits, greys)
 
-    def load(self, index: int, spec: ImageSpec | None) -> Loaded:
+    def load(
+        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window"
+    ) -> Loaded:
         assert index not in self.barred, f"image {index} was loaded"
         self.seen.add(index)
-        return super().load(index, spec)
+        return super().load(index, spec, bits, greys)
 
 
 def guarded(barred: set[int]) -> tuple[ImageSet, Guarded]:

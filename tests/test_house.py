@@ -22,7 +22,7 @@ LIGHT = (
     "errors flags memory signals storage net schema bounds codestreams dicom_file dicom pictures "
     "images wavelets vit cards adapters backbones config phantoms data evaluation runs deploy"
 ).split()
-ROOMS = [*LIGHT, *"training compare cli".split()]
+ROOMS = [*LIGHT, *"training check compare cli".split()]
 HEAVY = {"pytorch_lightning", "lightning", "albumentations", "wandb"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -199,7 +199,7 @@ def doc(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
 
 @each_file
 def test_only_the_run_sees_the_config(path):
-    if room_of(path) in ("config", "runs", "training", "compare", "cli"):
+    if room_of(path) in ("config", "runs", "training", "check", "compare", "cli"):
         return
     names = {name for name, _ in imports(path)}
     assert not {name for name in names if name.startswith("wara.config") and "Config" in name}

@@ -20,8 +20,8 @@ from training_helpers import adapter_bytes, tiny_config
 from wara.config import RunConfig
 from wara.errors import WaraError, as_refusal, out_of_memory
 from wara.evaluation.parts import Parts
-from wara.training.checkpoint import load_checkpoint
 from wara.signals import Stopped
+from wara.training.checkpoint import load_checkpoint
 from wara.training.start import run
 from wara.training.task import FineTuning
 

@@ -26,7 +26,7 @@ from wara.adapters.baselines import PeftMethod
 from wara.backbones import build_backbone
 from wara.cards import public_name
 from wara.config import RunConfig, dump_config, load_config
-from wara.data.balance import SplitTable
+from wara.data.balance import SplitTable, table_lines
 from wara.errors import WaraError
 from wara.evaluation.calibration import to_probs
 from wara.evaluation.predict import predict
@@ -39,7 +39,6 @@ from wara.training.checkpoint import load_checkpoint
 from wara.training.console import Console
 from wara.training.loggers import public_config
 from wara.training.losses import check_options, loss_per_image, resolve_loss
-from wara.training.plan import table_lines
 from wara.training.recipe import Recipe
 from wara.training.setup import pick_device
 from wara.training.start import run

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wara.check.verb import check_verb
 from wara.compare.verbs import compare_verb
 from wara.deploy.verbs import VERBS, Verb
 from wara.errors import WaraError, as_refusal, suggest
@@ -130,7 +131,8 @@ def build_parser() -> _Parser:
     _add_train_arguments(train)
     train.set_defaults(verb=_train, parser=train)
 
-    for word in (compare_verb(_read_from_here), *VERBS, RERUN, DASHBOARD):
+    readers = (check_verb(_read_from_here), compare_verb(_read_from_here))
+    for word in (*readers, *VERBS, RERUN, DASHBOARD):
         parsed = verbs.add_parser(
             word.name, help=word.help, description=f"{word.help.capitalize()}."
         )
@@ -215,15 +217,20 @@ def _add_allow(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
+def read_config(source: str | None, overrides: Sequence[str]) -> RunConfig:
     """Load a config with every check that needs no image: keys, data set, backbone, method.
+
+    Args:
+        source: its name or path; None for the defaults.
+        overrides: `key=value` strings.
 
     Raises:
         WaraErrors: kind "config", with all faults at once.
     """
     from wara.config import find_config
 
-    path = find_config(source)  # a misspelt name is told before torch is loaded
+    # A misspelt name is told before torch is loaded.
+    path = None if source is None else find_config(source)
     from wara.backbones import check_name
     from wara.config import load_config
 
@@ -241,7 +248,7 @@ def _look_here() -> None:
         sys.path.append(os.getcwd())
 
 
-def _read_from_here(source: str, overrides: Sequence[str]) -> RunConfig:
+def _read_from_here(source: str | None, overrides: Sequence[str]) -> RunConfig:
     _look_here()
     return read_config(source, overrides)
 

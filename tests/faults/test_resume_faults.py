@@ -14,9 +14,9 @@ from wara.config import RunConfig
 from wara.errors import WaraError
 from wara.runs.folder import RunFolder
 from wara.runs.sealed import read_seal, sealed_files
+from wara.signals import Stopped
 from wara.training.checkpoint import digest, find_best, load_checkpoint, put_back, read_last
 from wara.training.run import run_here
-from wara.signals import Stopped
 
 EPOCHS = 3
 

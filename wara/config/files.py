@@ -55,7 +55,7 @@ SYNONYMS = {
 
 
 def load_config(
-    source: str | Path,
+    source: str | Path | None,
     overrides: Sequence[str] = (),
     *,
     checks: Mapping[str, Check] | None = None,
@@ -63,7 +63,7 @@ def load_config(
     """Read a config file, put `key=value` overrides on top, and check everything at once.
 
     Args:
-        source: a path, or the name of a shipped config (see `find_config`).
+        source: a path, or the name of a shipped config (see `find_config`); None for the defaults.
         overrides: `a.b=c` strings; `c` is YAML 1.2, so `1e-3` is a number and `[1, 2]` a list.
         checks: by dotted key, what else to ask of its value: called where the value is valid, it
             raises a `WaraError` that is reported with the place that set the key.
@@ -72,8 +72,10 @@ def load_config(
         WaraErrors: kind "config", one line per fault, each with the file and line or the `--set`
             it came from, and with the nearest valid key.
     """
-    path = find_config(source)
-    tree, origin = read_yaml(path, "config", "see `wara configs`")
+    tree: dict[str, Any] = {}
+    origin: dict[KeyPath, str] = {}
+    if source is not None:
+        tree, origin = read_yaml(find_config(source), "config", "see `wara configs`")
     faults: list[WaraError] = []
     _rename_aliases(tree, origin, faults)
     for text in overrides:

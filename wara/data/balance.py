@@ -9,6 +9,9 @@ import numpy as np
 
 from wara.data.splits import SPLITS
 
+FEW = 10
+"""Images of a class in a split below which the plan says so."""
+
 
 def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
     """Count the images of each class.
@@ -111,3 +114,34 @@ class SplitTable:
         ]
         more = f" and {len(found) - 12} more" if len(found) > 12 else ""
         return ", ".join(found[:12]) + more
+
+
+def few(table: SplitTable) -> list[str]:
+    """Return what to say where a class has too few images for its numbers to mean much."""
+    rare = table.rare(FEW)
+    return [f"fewer than {FEW} images of a class, whose numbers say little: {rare}"] if rare else []
+
+
+def table_lines(table: SplitTable) -> list[str]:
+    """Return the images per split and class as text, one line per split."""
+    heads = ["", "images", "patients", *table.classes]
+    rows = [heads]
+    for split in SPLITS:
+        people = table.patients[split]
+        cells = [table.images[split], "-" if people is None else people, *table.counts[split]]
+        rows.append([split, *map(str, cells)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    if sum(widths) + 2 * len(widths) <= 100:
+        return [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+    # Many classes do not fit side by side.
+    lines = []
+    for row in rows[1:]:
+        tally = ", ".join(f"{n} {c}" for n, c in zip(row[3:], table.classes, strict=True))
+        lines.append(f"{row[0]:<5}  {row[1]} images, patients {row[2]}: {tally}")
+    return lines

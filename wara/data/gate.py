@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,44 @@ def _groups(image_set: ImageSet, pool: Sequence[int]) -> np.ndarray:
     )
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What the gate found.
+
+    Args:
+        faults: what it refuses, by what it is about.
+        notes: what a plan should mention.
+    """
+
+    faults: Mapping[str, Sequence[WaraError]]
+    notes: Sequence[str]
+
+    @property
+    def refused(self) -> list[WaraError]:
+        """All faults, in the order in which they are told."""
+        return [fault for faults in self.faults.values() for fault in faults]
+
+
+def examine(image_set: ImageSet, splits: Sequence[str]) -> Findings:
+    """Look for everything that would make a number a lie; nothing is raised.
+
+    Images are read if they have not been yet.
+
+    Args:
+        image_set: the data.
+        splits: "train", "val" or "test" per record.
+    """
+    faults = {
+        "rows, files and folders that are no images of the set": list(image_set.faults),
+        "images that cannot be read": list(image_set.survey()),
+    }
+    notes = list(image_set.notes)
+    faults["classes and splits"] = _class_faults(image_set, splits, notes)
+    faults["patients in several splits"] = _patient_faults(image_set, splits, notes)
+    faults["identical images in several splits"] = _duplicate_faults(image_set, splits, notes)
+    return Findings({about: found for about, found in faults.items() if found}, notes)
+
+
 def check(
     image_set: ImageSet,
     splits: Sequence[str],
@@ -119,36 +158,40 @@ def check(
         WaraErrors: kind "data"; the first 20 offenders, then where the rest is listed.
         WaraError: kind "storage" when that list is needed and cannot be written.
     """
-    faults = list(image_set.faults)
-    faults += image_set.survey()
-    notes = list(image_set.notes)
-    faults += _class_faults(image_set, splits, notes)
-    faults += _patient_faults(image_set, splits, notes)
-    faults += _duplicate_faults(image_set, splits, notes)
-    if faults:
-        raise _report(faults, report_dir, left_out_line(image_set.left_out, image_set.origin))
-    return notes
+    found = examine(image_set, splits)
+    if found.faults:
+        rest = "correct the first ones and run again"
+        if report_dir is not None and len(found.refused) > SHOWN:
+            rest = f"all are listed in {_listing(found.refused, Path(report_dir))}"
+        raise refusal(found.refused, rest, left_out_line(image_set.left_out, image_set.origin))
+    return list(found.notes)
 
 
-def _report(
-    faults: Sequence[WaraError], report_dir: str | Path | None, left_out: WaraError | None
-) -> WaraErrors:
+def refusal(faults: Sequence[WaraError], rest: str, left_out: WaraError | None) -> WaraErrors:
+    """Return the refusal of a data set.
+
+    Args:
+        faults: at least one.
+        rest: what to do about those that are not shown, where they are more than `SHOWN`.
+        left_out: what was left out, where anything was.
+    """
     shown = list(faults[:SHOWN])
     if len(faults) > SHOWN:
-        rest = "correct the first ones and run again"
-        if report_dir is not None:
-            path = Path(report_dir) / FAULT_FILE
-            try:
-                storage.write_text(path, "\n".join(map(str, faults)))
-            except WaraError as error:
-                remedy = f"{error.remedy}; the first fault is: {faults[0].what}"
-                raise WaraError("storage", error.what, error.where, remedy) from error
-            rest = f"all are listed in {path}"
         shown.append(WaraError("data", f"{len(faults) - SHOWN} more offenders", "", rest))
     if left_out is not None:
         # Notes are not shown with a refusal, and what is missing is often among what was left out.
         shown.append(left_out)
     return WaraErrors(shown)
+
+
+def _listing(faults: Sequence[WaraError], folder: Path) -> Path:
+    path = folder / FAULT_FILE
+    try:
+        storage.write_text(path, "\n".join(map(str, faults)))
+    except WaraError as error:
+        remedy = f"{error.remedy}; the first fault is: {faults[0].what}"
+        raise WaraError("storage", error.what, error.where, remedy) from error
+    return path
 
 
 def _class_faults(image_set: ImageSet, splits: Sequence[str], notes: list[str]) -> list[WaraError]:
@@ -243,6 +286,16 @@ def _patient_faults(
     ]
 
 
+def copies(image_set: ImageSet) -> list[list[int]]:
+    """Return the images that are there more than once: record numbers of each, in order."""
+    same: dict[str, list[int]] = defaultdict(list)
+    for index in range(len(image_set)):
+        digest = image_set.sha256(index)
+        if digest is not None:
+            same[digest].append(index)
+    return [indices for indices in same.values() if len(indices) > 1]
+
+
 def _listed(counts: Counter[str]) -> str:
     return " and ".join(f"{split} ({counts[split]})" for split in SPLITS if counts[split])
 
@@ -250,13 +303,8 @@ def _listed(counts: Counter[str]) -> str:
 def _duplicate_faults(
     image_set: ImageSet, splits: Sequence[str], notes: list[str]
 ) -> list[WaraError]:
-    same: dict[str, list[int]] = defaultdict(list)
-    for index in range(len(image_set)):
-        digest = image_set.sha256(index)
-        if digest is not None:
-            same[digest].append(index)
     records = image_set.records
-    twins = [indices for indices in same.values() if len(indices) > 1]
+    twins = copies(image_set)
     faults: list[WaraError] = []
     official = 0
     for indices in twins:
@@ -274,9 +322,8 @@ def _duplicate_faults(
             )
         )
     if twins:
-        copies = sum(len(indices) - 1 for indices in twins)
         notes.append(
-            f"exact copies of other images: {copies}"
+            f"exact copies of other images: {sum(len(indices) - 1 for indices in twins)}"
             + (
                 f", {official} across splits, as the source has them: scores are optimistic"
                 if official

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from wara.cards import Card
+from wara.data.facts import FactCache, ImageFacts, array_facts, file_facts, stamp_of
 from wara.errors import WaraError
 from wara.images import (
     Depth,
@@ -54,15 +54,11 @@ class Loaded:
 
     Args:
         array: resized, uint8 `[h, w, 3]`; None where that was not asked for, or not decided yet.
-        sha256: of its content.
-        depth: of a 16-bit PNG or TIFF file.
-        windowed: whether a grey DICOM object says how it is shown.
+        facts: what else it tells.
     """
 
     array: np.ndarray | None
-    sha256: str
-    depth: Depth | None = None
-    windowed: bool | None = None
+    facts: ImageFacts
 
 
 class Reader(Protocol):
@@ -71,10 +67,13 @@ class Reader(Protocol):
     def read(self, index: int, bits: int | None, greys: str) -> np.ndarray:
         """Return image `index` as uint8 `[H, W, 3]`."""
 
-    def load(self, index: int, spec: ImageSpec | None) -> Loaded:
+    def load(
+        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window"
+    ) -> Loaded:
         """Return image `index` as `spec` wants it; the disk is touched once.
 
-        Without `spec` the image is only checked; without `spec.bits` 16-bit files are not shown.
+        Without `spec` the image is only checked, as `bits` and `greys` show it; without bits
+        16-bit files are not shown.
         """
 
 
@@ -88,18 +87,21 @@ class FileReader:
         """Return image `index` as uint8 `[H, W, 3]`."""
         return read_image(self.paths[index], bits, greys)
 
-    def load(self, index: int, spec: ImageSpec | None) -> Loaded:
-        """Return image `index` as `spec` wants it, and the SHA-256 of its file."""
+    def load(
+        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window"
+    ) -> Loaded:
+        """Return image `index` as `spec` wants it, and the facts of its file."""
         path = self.paths[index]
         data = read_bytes(path)
         opened = Opened(data, str(path))
-        depth, array = opened.depth, None
-        decided = depth is None or (spec is not None and spec.bits is not None)
-        if spec is not None and decided:
-            array = opened.array(spec)
-        elif decided:
-            opened.rgb()
-        return Loaded(array, hashlib.sha256(data).hexdigest(), depth, opened.windowed)
+        if spec is not None:
+            bits, greys = spec.bits, spec.greys
+        decided = opened.depth is None or bits is not None
+        shown = opened.rgb(bits, greys) if decided else None
+        array = None
+        if spec is not None and shown is not None:
+            array = resize(shown, spec.size, spec.interpolation)
+        return Loaded(array, file_facts(data, opened, shown))
 
 
 class ArrayReader:
@@ -118,15 +120,14 @@ class ArrayReader:
         stored = self._stored(index)
         return stored if stored.ndim == 3 else np.repeat(stored[:, :, None], 3, axis=2)
 
-    def load(self, index: int, spec: ImageSpec | None) -> Loaded:
-        """Return image `index` resized, and the SHA-256 of its shape and pixels."""
-        stored = np.ascontiguousarray(self._stored(index))
-        digest = hashlib.sha256(repr(stored.shape).encode())
-        digest.update(stored.tobytes())
+    def load(
+        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window"
+    ) -> Loaded:
+        """Return image `index` resized, and its facts."""
         array = None
         if spec is not None:
             array = resize(self.read(index), spec.size, spec.interpolation)
-        return Loaded(array, digest.hexdigest())
+        return Loaded(array, array_facts(self._stored(index)))
 
 
 class ImageSet:
@@ -175,7 +176,7 @@ class ImageSet:
         self.bits: int | None = card.bits
         self.greys: str = card.greys
         self.windows: Counter[bool] = Counter()
-        self._hashes: dict[int, str] = {}
+        self.facts: dict[int, ImageFacts] = {}
         self._kept: np.ndarray | None = None
         self._filled = np.zeros(len(self.records), bool)
         self._kept_as: tuple[tuple[int, int], str] | None = None
@@ -197,7 +198,7 @@ class ImageSet:
         Raises:
             WaraError: kind "data" when it cannot be read.
         """
-        if self.bits is None and self.unreadable is None and self._load(index, None).depth:
+        if self.bits is None and self.unreadable is None and self._load(index, None).facts.depth:
             self.survey()  # how many bits the greys have is seen over the whole set
         return self.reader.read(index, self.bits, self.greys)
 
@@ -209,14 +210,33 @@ class ImageSet:
         """Return what a network expects, with what was decided for the pixels of this set."""
         return replace(spec, bits=self.bits, greys=self.greys)
 
-    def survey(self, spec: ImageSpec | None = None) -> tuple[WaraError, ...]:
-        """Read every image once: what cannot be read, all hashes, and the images themselves.
+    def fact_cache(self, folder: Path) -> FactCache | None:
+        """Return the cache of what is found of the files; None where the images are no files.
+
+        Args:
+            folder: where caches lie.
+        """
+        if not isinstance(self.reader, FileReader):
+            return None
+        return FactCache(folder, self.origin, self.reader.paths, self.greys)
+
+    def survey(
+        self,
+        spec: ImageSpec | None = None,
+        *,
+        cache: FactCache | None = None,
+        known: bool = False,
+    ) -> tuple[WaraError, ...]:
+        """Read every image once: what cannot be read, all facts, and the images themselves.
 
         What the greys of 16-bit files have in common is found here, where the card does not say.
 
         Args:
             spec: when given, images are kept in memory as it wants them, if they all fit, so that
                 they are decoded once for the check and for training.
+            cache: keeps what is found, for the next check.
+            known: take from there what is known of files that have not changed, and read the
+                others only. Not for training, which must know the bytes that it learns from.
 
         Returns:
             One refusal per image that cannot be read; kept in `unreadable`.
@@ -224,20 +244,37 @@ class ImageSet:
         if self.unreadable is None:
             keep = spec is not None and self.keep(spec)
 
-            def attempt(index: int) -> WaraError | Loaded:
+            def attempt(index: int) -> WaraError | None:
+                if cache is not None and known and self._recall(index, cache):
+                    return None
+                stamp = stamp_of(cache.names[index]) if cache is not None else None
                 try:
-                    return replace(self._load(index, spec if keep else None), array=None)
+                    facts = self._load(index, spec if keep else None).facts
                 except WaraError as error:
                     if error.kind != "data":  # of the machine: no word on the image
                         raise
                     return error
+                if cache is not None:
+                    cache.add(index, stamp, facts)
+                return None
 
             found = in_threads(attempt, range(len(self)))
             self.unreadable = tuple(fault for fault in found if isinstance(fault, WaraError))
-            loaded = [one for one in found if isinstance(one, Loaded)]
-            self.windows = Counter(one.windowed for one in loaded if one.windowed is not None)
-            self._notes_on_pixels([one.depth for one in loaded if one.depth is not None])
+            if cache is not None:
+                cache.save()
+            facts = [self.facts[index] for index, fault in enumerate(found) if fault is None]
+            self.windows = Counter(one.windowed for one in facts if one.windowed is not None)
+            self._notes_on_pixels([one.depth for one in facts if one.depth is not None])
         return self.unreadable
+
+    def _recall(self, index: int, cache: FactCache) -> bool:
+        facts = cache.known(index)
+        if facts is None:
+            return False
+        if facts.depth and self.bits and facts.depth.brightest >= 1 << self.bits:
+            return False  # refused for the bits that are declared now, by whoever reads it
+        self.facts[index] = facts
+        return True
 
     def _notes_on_pixels(self, depths: Sequence[Depth]) -> None:
         notes = []
@@ -265,7 +302,8 @@ class ImageSet:
         """Return the SHA-256 of the content of image `index`; None when it cannot be read."""
         if self.unreadable is None:
             self.survey()
-        return self._hashes.get(index)
+        facts = self.facts.get(index)
+        return facts.sha256 if facts is not None else None
 
     def keep(self, spec: ImageSpec) -> bool:
         """Keep images in memory, once resized, if all of them fit into `MEMORY_LIMIT`.
@@ -305,8 +343,8 @@ class ImageSet:
     def _load(self, index: int, spec: ImageSpec | None) -> Loaded:
         if spec is not None:
             spec = replace(spec, bits=self.bits or spec.bits, greys=self.greys)
-        loaded = self.reader.load(index, spec)
-        self._hashes[index] = loaded.sha256
+        loaded = self.reader.load(index, spec, self.bits, self.greys)
+        self.facts[index] = loaded.facts
         keeps = spec is not None and self._kept_as == (spec.size, spec.interpolation)
         if loaded.array is not None and keeps and self._kept is not None:
             self._kept[index] = loaded.array

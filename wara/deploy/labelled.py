@@ -188,4 +188,4 @@ def _read(model: Model, images: ImageSet, index: int) -> tuple[np.ndarray, str] 
         if error.kind != "data":  # of the machine: no word on the image
             raise
         return error
-    return normalise(array, spec), loaded.sha256
+    return normalise(array, spec), loaded.facts.sha256

@@ -8,8 +8,7 @@ from typing import Any
 
 from wara.adapters import Method, section_of
 from wara.backbones import NANO
-from wara.data.balance import SplitTable
-from wara.data.splits import SPLITS
+from wara.data.balance import few, table_lines
 from wara.training.cache import gigabytes
 from wara.training.setup import Prepared
 from wara.vit import BackboneInfo
@@ -17,8 +16,6 @@ from wara.vit import BackboneInfo
 PHANTOM_BANNER = (
     "SYNTHETIC DATA: phantoms drawn by code, not patients. Numbers say nothing clinical."
 )
-FEW = 10
-"""Images of a class in a split below which the plan says so."""
 _SAID = {
     "user": "as set",
     "card": "its card",
@@ -75,7 +72,7 @@ def describe(run: Prepared) -> Plan:
             ("loss", f"{run.loss.name}{run.loss.weighted} ({run.loss.why})"),
             ("schedule", _schedule(run)),
             ("output", str(config.folder)),
-            *(("note", text) for text in _few(run.table)),
+            *(("note", text) for text in few(run.table)),
             *(("note", note) for note in run.notes if note not in banners),
         ),
     )
@@ -116,37 +113,6 @@ def _banners(run: Prepared) -> tuple[str, ...]:
             f"(backbone.name: {run.backbone.architecture.split('.')[0]}.<tag>)."
         )
     return tuple(banners)
-
-
-def _few(table: SplitTable) -> list[str]:
-    """Return what to say where a class has too few images for its numbers to mean much."""
-    rare = table.rare(FEW)
-    return [f"fewer than {FEW} images of a class, whose numbers say little: {rare}"] if rare else []
-
-
-def table_lines(table: SplitTable) -> list[str]:
-    """Return the images per split and class as text, one line per split."""
-    heads = ["", "images", "patients", *table.classes]
-    rows = [heads]
-    for split in SPLITS:
-        people = table.patients[split]
-        cells = [table.images[split], "-" if people is None else people, *table.counts[split]]
-        rows.append([split, *map(str, cells)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    if sum(widths) + 2 * len(widths) <= 100:
-        return [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-    # Many classes do not fit side by side.
-    lines = []
-    for row in rows[1:]:
-        tally = ", ".join(f"{n} {c}" for n, c in zip(row[3:], table.classes, strict=True))
-        lines.append(f"{row[0]:<5}  {row[1]} images, patients {row[2]}: {tally}")
-    return lines
 
 
 def _method(method: Method, budget: tuple[str | float, int, int] | None) -> str:

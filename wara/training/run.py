@@ -87,6 +87,7 @@ def run_here(
                 report_dir=None if dry_run else folder.path.parent,
                 confirm=check,
                 opened=opened,
+                known=dry_run,
             )
         confirm(run)
         plan = describe(run)

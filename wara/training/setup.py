@@ -21,10 +21,11 @@ from wara.adapters import (
 )
 from wara.backbones import NANO, build_backbone
 from wara.config import RunConfig
-from wara.data import gate, sources
+from wara.data import appearance, gate, sources
 from wara.data.balance import SplitTable
 from wara.data.imageset import ImageSet
 from wara.errors import WaraError
+from wara.images import ImageSpec
 from wara.runs.provenance import data_sha256
 from wara.runs.tables import SplitRow, hashed_cells
 from wara.training import losses
@@ -183,6 +184,7 @@ def prepare(
     report_dir: Path | None,
     confirm: Callable[[RunConfig], None] = lambda config: None,
     opened: Callable[[RunConfig], ImageSet] | None = None,
+    known: bool = False,
 ) -> Prepared:
     """Open the data, build the model, check every image.
 
@@ -193,6 +195,7 @@ def prepare(
         confirm: called with the config as it will train, before all images are read; may raise.
         opened: returns the images of a config, which may have been read before; `open_images`
             where there is nothing to share.
+        known: read no file again that has not changed since an earlier check; for a plan only.
 
     Raises:
         WaraError: any refusal that can be known before training.
@@ -217,16 +220,10 @@ def prepare(
     config = config.resolved(adaptation.method)
     confirm(config)
     depth, shape = _trunk_of(model, config, backbone.img_size)
-    images.survey(backbone.spec)
-    splits = gate.assign_splits(
-        images,
-        val_fraction=config.data.val_fraction,
-        test_fraction=config.data.test_fraction,
-        seed=config.data.split_seed,
-    )
-    if config.data.train_images is not None:
-        splits = gate.thin(images, splits, config.data.train_images, config.data.split_seed)
+    survey(config, images, backbone.spec, known=known)
+    splits = divide(config, images)
     notes = gate.check(images, splits, report_dir=report_dir)
+    notes += appearance.warnings(images)
     labels = [record.label for record in images.records]
     patients = [record.patient for record in images.records]
     table = SplitTable.of(labels, patients, splits, images.card.class_names)
@@ -303,6 +300,26 @@ def open_images(config: RunConfig) -> ImageSet:
     )
     images.declare(config.data.bits, config.data.greys)
     return images
+
+
+def survey(config: RunConfig, images: ImageSet, spec: ImageSpec | None, *, known: bool) -> None:
+    """Read the images of a config, and keep what is found for the next check; see `ImageSet`."""
+    cache = images.fact_cache(sources.cache_folder(config.data.cache) / "facts")
+    images.survey(spec, cache=cache, known=known)
+
+
+def divide(config: RunConfig, images: ImageSet) -> list[str]:
+    """Return `train | val | test | unused` for each image of a config."""
+    data = config.data
+    splits = gate.assign_splits(
+        images,
+        val_fraction=data.val_fraction,
+        test_fraction=data.test_fraction,
+        seed=data.split_seed,
+    )
+    if data.train_images is not None:
+        splits = gate.thin(images, splits, data.train_images, data.split_seed)
+    return splits
 
 
 def _model(config: RunConfig, images: ImageSet) -> tuple[nn.Module, BackboneInfo]:
