@@ -40,6 +40,8 @@ _NO_IMAGES = (
     (b"<", "a web page or XML, not the image", "download it again from where it is shown"),
 )
 _COPY = "copy it again from its origin"
+DECODING = ("bounds.py", "codestreams.py", "dicom_file.py", "dicom.py", "pictures.py")
+"""Files of this package that decide pixels, beside this one."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from wara import dicom, images
+import wara
 from wara.dicom import DicomPicture
 from wara.errors import WaraError
-from wara.images import FORMATS, Depth, Opened
+from wara.images import DECODING, Depth, Opened
+from wara.pictures import FORMATS
 from wara.storage import code_sha256, write_bytes
 
 Stamp = tuple[int, int, int]
@@ -232,5 +233,6 @@ def stamp_of(path: str | Path) -> Stamp | None:
 
 def _code() -> str:
     """Hash of the code that finds the facts, and of what decodes for it."""
-    modules = (images.__file__, dicom.__file__, __file__)
-    return code_sha256(map(Path, modules), ("numpy", "pillow", "pydicom"))
+    package = Path(wara.__file__).parent
+    sources = [package / name for name in (*DECODING, "images.py")]
+    return code_sha256([*sources, Path(__file__)], ("numpy", "pillow", "pydicom"))

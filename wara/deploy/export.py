@@ -26,7 +26,7 @@ from wara.deploy.places import check_outside
 from wara.deploy.predictor import session
 from wara.deploy.reliability import Scored, feature_statistics, reliability, temperature_of
 from wara.errors import WaraError
-from wara.images import ImageSpec, load_array, normalise
+from wara.images import DECODING, ImageSpec, load_array, normalise
 from wara.runs.load import Run, load_run
 from wara.runs.provenance import utc_now
 from wara.runs.tables import SplitRow, hashed_cells
@@ -34,8 +34,7 @@ from wara.storage import new_folder
 
 # What a bundle is run by, in the folder `wara` of a bundle but for the two that people look for.
 SHIPPED = (
-    "errors.py", "flags.py", "signals.py", "storage.py", "bounds.py", "codestreams.py",
-    "dicom_file.py", "dicom.py", "pictures.py", "data/litter.py", "data/walk.py",
+    "errors.py", "flags.py", "signals.py", "storage.py", *DECODING, "data/litter.py", "data/walk.py",
     "deploy/bundle.py", "deploy/contents.py", "deploy/inputs.py", "deploy/onnx_check.py",
     "deploy/output.py", "deploy/places.py", "deploy/predictor.py", "deploy/sr.py",
     "deploy/trace.py",

@@ -22,7 +22,7 @@ from wara.data.imageset import ImageSet
 from wara.data.loader import Images, Key, load_batches
 from wara.errors import WaraError, storage_error
 from wara.evaluation.parts import Parts
-from wara.images import ImageSpec
+from wara.images import DECODING, ImageSpec
 from wara.storage import canonical_sha256, code_sha256, write_json
 from wara.training.augment import CountedAugment
 from wara.training.rows import RowFile
@@ -30,8 +30,7 @@ from wara.training.trunk import Trunk
 
 # What decides a token, beside the facts that `TrunkCache.facts` lists.
 _SOURCES = (
-    "bounds.py", "codestreams.py", "dicom_file.py", "dicom.py", "pictures.py", "images.py",
-    "data/imageset.py", "data/loader.py",
+    *DECODING, "images.py", "data/imageset.py", "data/loader.py",
     "training/augment.py", "training/trunk.py", "training/rows.py", "training/cache.py",
 )  # fmt: skip
 _LIBRARIES = (
