@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from wara.cards import Card
+from wara.data.likeness import Pair, Signature, near_pairs, sign
 from wara.errors import WaraError
 from wara.images import (
     Depth,
@@ -57,12 +58,16 @@ class Loaded:
         sha256: of its content.
         depth: of a 16-bit PNG or TIFF file.
         windowed: whether a grey DICOM object says how it is shown.
+        shown: at its own size, as it is shown; numbers of more bits where that is not decided yet.
+        where: its path; empty for images without a file.
     """
 
     array: np.ndarray | None
     sha256: str
     depth: Depth | None = None
     windowed: bool | None = None
+    shown: np.ndarray | None = None
+    where: str = ""
 
 
 class Reader(Protocol):
@@ -94,12 +99,15 @@ class FileReader:
         data = read_bytes(path)
         opened = Opened(data, str(path))
         depth, array = opened.depth, None
-        decided = depth is None or (spec is not None and spec.bits is not None)
-        if spec is not None and decided:
-            array = opened.array(spec)
-        elif decided:
-            opened.rgb()
-        return Loaded(array, hashlib.sha256(data).hexdigest(), depth, opened.windowed)
+        if depth is not None and (spec is None or spec.bits is None):
+            shown = opened.picture.pixels
+        elif spec is None:
+            shown = opened.rgb()
+        else:
+            shown = opened.rgb(spec.bits, spec.greys)
+            array = resize(shown, spec.size, spec.interpolation)
+        sha256 = hashlib.sha256(data).hexdigest()
+        return Loaded(array, sha256, depth, opened.windowed, shown, str(path))
 
 
 class ArrayReader:
@@ -126,7 +134,7 @@ class ArrayReader:
         array = None
         if spec is not None:
             array = resize(self.read(index), spec.size, spec.interpolation)
-        return Loaded(array, digest.hexdigest())
+        return Loaded(array, digest.hexdigest(), shown=stored)
 
 
 class ImageSet:
@@ -176,6 +184,8 @@ class ImageSet:
         self.greys: str = card.greys
         self.windows: Counter[bool] = Counter()
         self._hashes: dict[int, str] = {}
+        self._signatures: dict[int, Signature] = {}
+        self._near: list[Pair] | None = None
         self._kept: np.ndarray | None = None
         self._filled = np.zeros(len(self.records), bool)
         self._kept_as: tuple[tuple[int, int], str] | None = None
@@ -226,9 +236,12 @@ class ImageSet:
 
             def attempt(index: int) -> WaraError | Loaded:
                 try:
-                    return replace(self._load(index, spec if keep else None), array=None)
+                    loaded = self._load(index, spec if keep else None)
                 except WaraError as error:
                     return error
+                if loaded.shown is not None and not self.synthetic:
+                    self._signatures[index] = sign(loaded.shown)
+                return replace(loaded, array=None, shown=None)
 
             found = in_threads(attempt, range(len(self)))
             self.unreadable = tuple(fault for fault in found if isinstance(fault, WaraError))
@@ -264,6 +277,21 @@ class ImageSet:
         if self.unreadable is None:
             self.survey()
         return self._hashes.get(index)
+
+    def signature(self, index: int) -> Signature | None:
+        """Return what image `index` is known by again; None when it cannot be read or was drawn."""
+        if self.unreadable is None:
+            self.survey()
+        return self._signatures.get(index)
+
+    def near_pairs(self) -> list[Pair]:
+        """Return the near-duplicates of the set, see `likeness.near_pairs`; found once.
+
+        Images that were drawn are not compared: what they have in common is their code.
+        """
+        if self._near is None:
+            self._near = near_pairs([self.signature(index) for index in range(len(self))])
+        return self._near
 
     def keep(self, spec: ImageSpec) -> bool:
         """Keep images in memory, once resized, if all of them fit into `MEMORY_LIMIT`.
@@ -304,7 +332,15 @@ class ImageSet:
         if spec is not None:
             spec = replace(spec, bits=self.bits or spec.bits, greys=self.greys)
         loaded = self.reader.load(index, spec)
-        self._hashes[index] = loaded.sha256
+        known = self._hashes.setdefault(index, loaded.sha256)
+        if known != loaded.sha256:
+            # Splits, duplicates and the hash of the data were found for what it was.
+            raise WaraError(
+                "data",
+                "the image is not what it was when the data were checked",
+                loaded.where or self.records[index].file,
+                "let nothing write to the data while a run reads them, and start again",
+            )
         keeps = spec is not None and self._kept_as == (spec.size, spec.interpolation)
         if loaded.array is not None and keeps and self._kept is not None:
             self._kept[index] = loaded.array

@@ -28,7 +28,7 @@ _INSIDE = {
 """What it writes in its folders; those of the loggers are theirs as a whole."""
 _OWN = _SIGNS | _INSIDE.keys() | {
     "splits.csv", "metrics.csv", "metrics.json", "predictions_val.csv", "predictions_test.csv",
-    "report.md", "wandb", "tensorboard",
+    "report.md", "wandb", "tensorboard", "near_duplicates.csv", "near_duplicates.png",
 }  # fmt: skip
 
 
@@ -47,6 +47,8 @@ class RunFolder:
     config = property(lambda self: self.path / "config.yaml")
     provenance = property(lambda self: self.path / "provenance.json")
     splits = property(lambda self: self.path / "splits.csv")
+    twins = property(lambda self: self.path / "near_duplicates.csv")
+    twins_sheet = property(lambda self: self.path / "near_duplicates.png")
     curves = property(lambda self: self.path / "metrics.csv")
     metrics = property(lambda self: self.path / "metrics.json")
     adapter = property(lambda self: self.path / "adapter")

@@ -14,14 +14,15 @@ from torch import Tensor
 from wara.adapters import load_adapter_state
 from wara.cards import public_name
 from wara.config import dump_config
+from wara.data.twins import all_pairs, contact_sheet
 from wara.errors import as_refusal
 from wara.evaluation.predict import Predictions
 from wara.evaluation.split import Split
 from wara.runs.folder import RunFolder
 from wara.runs.progress import Progress, Row
 from wara.runs.provenance import Provenance, collect, peak_memory_mb
-from wara.runs.tables import label_names, write_curves, write_splits
-from wara.storage import write_text
+from wara.runs.tables import label_names, write_curves, write_splits, write_twins
+from wara.storage import replacing, write_text
 from wara.training.checkpoint import read_best, read_last, write_best
 from wara.training.console import Console
 from wara.training.loggers import Sinks, public_config
@@ -110,7 +111,18 @@ class Record:
         write_text(folder.config, stamp + dump_config(run.config))
         self.provenance.write()
         write_splits(folder.splits, run.rows, classes=run.classes, synthetic=synthetic)
+        self._write_twins()
         self.console.log_to(folder.log)
+
+    def _write_twins(self) -> None:
+        """Write which pictures are there twice, and show the first of them."""
+        run, folder, pairs = self.run, self.folder, all_pairs(self.run.images)
+        write_twins(
+            folder.twins, pairs, run.rows, classes=run.classes, synthetic=run.images.synthetic
+        )
+        if pairs:
+            with replacing(folder.twins_sheet) as partial:
+                contact_sheet(run.images, pairs).save(partial, "PNG")
 
     def _continue(self, last: dict[str, Any] | None) -> None:
         progress, folder = self.progress, self.folder
@@ -260,6 +272,9 @@ def _facts_of(run: Prepared) -> dict[str, Any]:
             "images": len(images.records),
             "bits": images.bits,
             "greys": images.greys,
+            "near_duplicates": config.data.near_duplicates,
+            "near_pairs": None if images.synthetic else len(images.near_pairs()),
+            "allow_duplicates": config.data.allow_duplicates,
             "sha256": run.data_hash,
         },
         backbone={

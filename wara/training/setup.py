@@ -24,6 +24,7 @@ from wara.config import RunConfig
 from wara.data import gate, sources
 from wara.data.balance import SplitTable
 from wara.data.imageset import ImageSet
+from wara.data.twins import TwinRule
 from wara.errors import WaraError
 from wara.runs.provenance import data_sha256
 from wara.runs.tables import SplitRow, hashed_cells
@@ -218,10 +219,15 @@ def prepare(
         val_fraction=config.data.val_fraction,
         test_fraction=config.data.test_fraction,
         seed=config.data.split_seed,
+        near=config.data.near_duplicates,
     )
     if config.data.train_images is not None:
-        splits = gate.thin(images, splits, config.data.train_images, config.data.split_seed)
-    notes = gate.check(images, splits, report_dir=report_dir)
+        splits = gate.thin(
+            images, splits, config.data.train_images, config.data.split_seed,
+            config.data.near_duplicates,
+        )  # fmt: skip
+    rule = TwinRule(config.data.near_duplicates, config.data.allow_duplicates)
+    notes = gate.check(images, splits, report_dir=report_dir, rule=rule)
     labels = [record.label for record in images.records]
     patients = [record.patient for record in images.records]
     table = SplitTable.of(labels, patients, splits, images.card.class_names)
