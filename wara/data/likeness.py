@@ -99,9 +99,12 @@ def sign(array: np.ndarray) -> Signature:
     if shown.dtype != np.uint8:
         top = max(int(shown.max()), 1)
         shown = (shown.astype(np.float32) * (255 / top)).astype(np.uint8)
-    # Reduced before it is turned grey: each pixel is looked at once.
-    small = Image.fromarray(shown).resize((SIDE, SIDE), Image.Resampling.BOX).convert("L")
-    thumbnail = np.asarray(small)
+    # Reduced before it is turned grey: each pixel is looked at once. Not by boxes, which Pillow
+    # fills from one side, so that a mirror image of few pixels would have another thumbnail.
+    small = Image.fromarray(shown).resize(
+        (SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0
+    )
+    thumbnail = np.asarray(small.convert("L"))
     return Signature(digest, thumbnail.tobytes() if thumbnail.std() >= LEAST_CONTRAST else b"")
 
 
@@ -267,8 +270,9 @@ def _confirm(thumbs: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np
         aligned = (detail[rest] * _detail(_aligned(ahead, turned))).sum((1, 2))
         # Which of the two is the crop is not known, and the other way round sees more of both.
         close = np.flatnonzero((aligned >= _CLOSE) & (aligned < FINE))
-        back = _detail(turned[close]) * _detail(_aligned(turned[close], ahead[close]))
-        aligned[close] = np.maximum(aligned[close], back.sum((1, 2)))
+        if len(close):
+            back = _detail(turned[close]) * _detail(_aligned(turned[close], ahead[close]))
+            aligned[close] = np.maximum(aligned[close], back.sum((1, 2)))
         better = aligned > scores[rest]
         ways[rest[better]] = candidates[rest[better], 2]
         scores[rest[better]] = aligned[better]
