@@ -23,7 +23,6 @@ from wara.data.twins import TwinRule, all_pairs, contact_sheet
 from wara.errors import WaraError
 from wara.images import ImageSpec
 from wara.training.run import run_here
-from wara.training.start import run
 
 Transpose = Image.Transpose
 
@@ -285,7 +284,14 @@ def with_twins(folder: Path) -> Path:
 
 def test_a_run_lists_and_shows_what_is_there_twice(tmp_path):
     with_twins(tmp_path)
-    folder = run(tiny_config(tmp_path, epochs=1))
+    config = tiny_config(tmp_path, epochs=2)
+
+    def enough(prepared, epoch: int) -> None:
+        raise WaraError("resources", "the first epoch is enough")
+
+    with pytest.raises(WaraError, match="enough"):
+        run_here(config, quiet=True, watch=enough)
+    folder = Path(config.folder)
     rows = list(csv.DictReader((folder / "near_duplicates.csv").open()))
     assert list(rows[0])[:10] == [
         "file_a", "file_b", "kind", "distance", "correlation", "mirrored", "split_a", "split_b",
