@@ -34,6 +34,7 @@ _BANDS = 8
 _EDGE = 3  # pixels that a crop moves in or out
 _CLOSE = 0.75  # a correlation of detail that is worth a second look
 _BLOCK = 1024
+_CELLS = 1 << 22  # comparisons in hand at a time; a handful of arrays of 16 MB
 _CHUNK = 512
 
 
@@ -192,8 +193,10 @@ def _low_frequencies(thumbs: np.ndarray) -> np.ndarray:
 def _candidates(waves: np.ndarray) -> Iterator[np.ndarray]:
     """Yield (first, second, orientation, rank) of pictures alike at first sight: int64 `[k, 4]`."""
     groups = [np.ascontiguousarray(waves[:, _PARITY == parity]) for parity in range(4)]
-    for at in range(0, len(waves), _BLOCK):
-        to = min(at + _BLOCK, len(waves))
+    # So many rows that what is in hand does not grow with the set.
+    rows = max(1, min(_BLOCK, _CELLS // len(waves)))
+    for at in range(0, len(waves), rows):
+        to = min(at + rows, len(waves))
         # Even and odd waves apart, so that four orientations cost one product: as it is and by a
         # half turn differ in the sign of one sum, the two mirror images in that of another.
         even, x, y, both = (group[at:to] @ group[at:].T for group in groups)
