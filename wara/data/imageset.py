@@ -19,6 +19,7 @@ from wara.images import (
     Depth,
     ImageSpec,
     Opened,
+    Picture,
     processors,
     read_bytes,
     read_image,
@@ -99,7 +100,8 @@ class FileReader:
         data = read_bytes(path)
         opened = Opened(data, str(path))
         depth, array = opened.depth, None
-        if depth is not None and (spec is None or spec.bits is None):
+        undecided = depth is not None and (spec is None or spec.bits is None)
+        if undecided and isinstance(opened.picture, Picture):
             shown = opened.picture.pixels
         elif spec is None:
             shown = opened.rgb()

@@ -137,11 +137,11 @@ def _exact_faults(
         if given and (published or rule.allow):
             kept += 1
             continue
-        copies = len({image_set.sha256(index) for index in indices}) == 1
+        one_file = len({image_set.sha256(index) for index in indices}) == 1
         faults.append(
             WaraError(
                 "data",
-                f"identical {'images' if copies else 'pixels'} in "
+                f"identical {'images' if one_file else 'pixels'} in "
                 f"{listed(Counter(splits[index] for index in indices))}",
                 named(records[index].file for index in indices),
                 "keep one of them" + (", or set data.allow_duplicates=true" if given else ""),
@@ -175,7 +175,7 @@ def _chain_faults(
     largest = int(counts.max())
     if largest <= max(_FEW, LARGEST * len(free)):
         return []
-    members = {free[at] for at in np.flatnonzero(numbers == counts.argmax())}
+    members = {free[int(at)] for at in np.flatnonzero(numbers == counts.argmax())}
     example = next(pair for pair in pairs if pair.first in members)
     return [
         WaraError(
