@@ -49,9 +49,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     load, array, trial = FileReader.load, ImageSet.array, worker.Worker._trial
     within: list[str] = []
 
-    def counted(self: FileReader, index: int, spec: Any) -> Any:
+    def counted(self: FileReader, index: int, *more: Any) -> Any:
         made.decoded[index] += 1
-        return load(self, index, spec)
+        return load(self, index, *more)
 
     def noted(self: ImageSet, index: int, spec: Any) -> Any:
         if within:
