@@ -22,9 +22,11 @@ from wara.adapters.baselines import (
     LoKr,
     VeRA,
 )
+from wara.adapters.bypass import AdaptFormer, Convpass
 from wara.adapters.declared import check_declarations
 from wara.adapters.lora import LoRA
 from wara.adapters.probes import Full, LinearProbe
+from wara.adapters.rank_conv import RankConv
 from wara.adapters.sparse import SHiRA, WaveFT
 from wara.adapters.wara import TinyWaRA, WaRA
 from wara.errors import WaraError, WaraErrors, suggest
@@ -33,6 +35,7 @@ from wara.schema import Place, fault, fields_of
 METHODS: dict[str, type[Method]] = {
     "wara": WaRA,
     "tiny_wara": TinyWaRA,
+    "rank_conv": RankConv,
     "lora": LoRA,
     "waveft": WaveFT,
     "shira": SHiRA,
@@ -42,6 +45,8 @@ METHODS: dict[str, type[Method]] = {
     "loha": LoHa,
     "lokr": LoKr,
     "fourierft": FourierFT,
+    "adaptformer": AdaptFormer,
+    "convpass": Convpass,
     "bitfit": BitFit,
     "ln_tuning": LNTuning,
     "linear_probe": LinearProbe,
