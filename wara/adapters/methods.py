@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from wara.adapters.apla import APLA
 from wara.adapters.base import Method, option_faults
 from wara.adapters.baselines import (
     AdaLoRA,
@@ -24,10 +25,13 @@ from wara.adapters.baselines import (
 )
 from wara.adapters.bypass import AdaptFormer, Convpass
 from wara.adapters.declared import check_declarations
+from wara.adapters.fact import FacT
 from wara.adapters.lora import LoRA
 from wara.adapters.probes import Full, LinearProbe
 from wara.adapters.rank_conv import RankConv
 from wara.adapters.sparse import SHiRA, WaveFT
+from wara.adapters.ssf import SSF
+from wara.adapters.vpt import VPT
 from wara.adapters.wara import TinyWaRA, WaRA
 from wara.errors import WaraError, WaraErrors, suggest
 from wara.schema import Place, fault, fields_of
@@ -47,6 +51,10 @@ METHODS: dict[str, type[Method]] = {
     "fourierft": FourierFT,
     "adaptformer": AdaptFormer,
     "convpass": Convpass,
+    "vpt": VPT,
+    "fact_tt": FacT,
+    "apla": APLA,
+    "ssf": SSF,
     "bitfit": BitFit,
     "ln_tuning": LNTuning,
     "linear_probe": LinearProbe,

@@ -35,7 +35,12 @@ class RankConvLayer(LowRankLayer, TokenDomainLayer):
     core_names = frozenset({"core"})
 
     def __init__(
-        self, target: Target, grid: tuple[int, int], prefix_tokens: int, prefix: str, **low_rank: Any
+        self,
+        target: Target,
+        grid: tuple[int, int],
+        prefix_tokens: int,
+        prefix: str,
+        **low_rank: Any,
     ) -> None:
         super().__init__(target, **low_rank)
         self.fresh()

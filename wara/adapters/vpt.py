@@ -93,9 +93,7 @@ class VPT(SizedMethod):
         paths = chosen_blocks(model, self.blocks)
         _check_positions(model, paths)
         return {
-            path: PromptLayer(
-                width, self.tokens, grid, prefix, bound=bound, dropout=self.dropout
-            )
+            path: PromptLayer(width, self.tokens, grid, prefix, bound=bound, dropout=self.dropout)
             for path in paths
         }
 
@@ -116,6 +114,8 @@ def _check_positions(model: nn.Module, paths: list[str]) -> None:
     places = [unwrap(model), *(m for path in paths for m in model.get_submodule(path).modules())]
     for module in places:
         if any(getattr(module, table, None) is not None for table in tables):
-            what = f"{type(model).__name__} has biases of pairs of places, and prompts have no place"
+            what = (
+                f"{type(model).__name__} has a bias per pair of places, and prompts have no place"
+            )
             remedy = "choose a ViT with positions that are added or rotary, or method: lora"
             raise WaraError("config", what, "adapter.method", remedy)
