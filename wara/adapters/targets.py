@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -23,7 +23,7 @@ from wara.adapters.base import (
     options,
 )
 from wara.errors import WaraError, suggest
-from wara.schema import fault, from_list
+from wara.schema import fault, fields_of, from_list
 from wara.vit import block_names, plain_name
 
 FUSED = frozenset({"qkv"})
@@ -300,7 +300,7 @@ class TargetedMethod(SizedMethod):
         They are the method's own where these were chosen. Targets that a paper names for its method
         do not change what a budget is, or methods in one table would have different ones.
         """
-        own = next(field.default for field in fields(self) if field.name == "targets")
+        own = fields_of(type(self))["targets"].default
         names = ATTENTION if self.targets == own else self.targets
         return find_targets(model, names, self.blocks)
 
