@@ -69,9 +69,14 @@ def test_candidates_that_are_compared_run_in_one_group() -> None:
 
 def test_the_learning_rates_are_those_that_were_best() -> None:
     rows = json.loads((ROOT / "benchmarks/results/learning_rates_chest_xray.json").read_text())
-    assert {row["method"] for row in rows} == set(METHODS) == set(learning_rates.RATES)
+    measured = {row["method"] for row in rows}
+    assert measured <= set(METHODS) == set(learning_rates.RATES)
     text = (ROOT / "docs/methods.md").read_text()
-    for name in METHODS:
+    (said,) = re.findall(r"No rate was measured yet for ([^;]*);", text)
+    assert set(re.findall(r"`(\w+)`", said)) == set(METHODS) - measured
+    for name in set(METHODS) - measured:
+        assert next(iter(METHODS[name].rates.values())) in learning_rates.RATES[name]
+    for name in sorted(measured):
         scores: dict[float, dict[int, float]] = {}
         for row in rows:
             if row["method"] == name:
