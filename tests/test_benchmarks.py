@@ -47,7 +47,8 @@ def test_all_candidates_start_as_the_same_model(name: str) -> None:
     model, parameters = train_step.build(name, "test_vit", None)
     x = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), base(x), rtol=1e-4, atol=1e-5)
+        same = torch.allclose(model.eval()(x), base(x), rtol=1e-4, atol=1e-5)
+    assert same == (name != "vpt")  # attention spreads over its prompts from the start
     assert bool(parameters) == (name != "floor")
 
 

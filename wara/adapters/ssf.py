@@ -119,8 +119,10 @@ class SSF(Method):
         found: dict[str, AdapterLayer] = {}
         for path in self._paths(model):
             module = model.get_submodule(path)
-            linear = isinstance(module, nn.Linear)
-            found[path] = ScaledLinear(module) if linear else ScaledModule(module)
+            if isinstance(module, nn.Linear):
+                found[path] = ScaledLinear(module)
+            else:
+                found[path] = ScaledModule(module)
         return found
 
     def _paths(self, model: nn.Module) -> Iterator[str]:
