@@ -48,6 +48,13 @@ OURS: dict[str, dict[str, Any]] = {
     "lokr": {"method": "lokr"},
     "fourierft": {"method": "fourierft"},
     "dora": {"method": "dora"},
+    "rank_conv": {"method": "rank_conv", "rank": 4},
+    "adaptformer": {"method": "adaptformer", "budget": "lora_r4"},
+    "convpass": {"method": "convpass", "budget": "lora_r4"},
+    "vpt": {"method": "vpt", "budget": "lora_r4"},
+    "fact_tt": {"method": "fact_tt", "budget": "lora_r4"},
+    "apla": {"method": "apla", "budget": "lora_r4"},
+    "ssf": {"method": "ssf"},
     "bitfit": {"method": "bitfit"},
     "ln_tuning": {"method": "ln_tuning"},
     "full": {"method": "full"},
@@ -58,6 +65,7 @@ GROUPS = [
     ["lora (PEFT)", "wara", "tiny_wara", "waveft", "waveft (PEFT)", "shira", "shira (PEFT)"],
     ["linear_probe", "bitfit", "ln_tuning", "full", "wara step by step"],
     ["vera", "adalora", "loha", "lokr", "fourierft", "dora"],
+    ["rank_conv", "adaptformer", "convpass", "vpt", "fact_tt", "apla", "ssf"],
 ]
 METHODS = [*ALWAYS, *(name for group in GROUPS for name in group)]
 # What is wanted: label, numerator, denominator, bound, and whether the bound is an upper one.

@@ -20,12 +20,13 @@ from torch import nn
 import wara
 from wara.adapters import METHODS, adaptation_of, count_parameters, method_from_options
 from wara.adapters.budget import fit, size_of
-from wara.adapters.targets import parse_budget
+from wara.adapters.targets import TargetedMethod, parse_budget
 from wara.errors import WaraError
 
 THROUGH_PEFT = {"dora", "adalora", "vera", "loha", "lokr", "fourierft"}
 SIZED = [name for name, method in METHODS.items() if method.knob]
-FIXED = {"linear_probe", "full", "bitfit", "ln_tuning"}
+FIXED = {"linear_probe", "full", "bitfit", "ln_tuning", "ssf"}
+TARGETED = [name for name in SIZED if issubclass(METHODS[name], TargetedMethod)]
 needs = {
     name: pytest.mark.skipif(
         name in THROUGH_PEFT and importlib.util.find_spec("peft") is None, reason="needs PEFT"
@@ -33,6 +34,9 @@ needs = {
     for name in METHODS
 }
 each = pytest.mark.parametrize("name", [pytest.param(n, marks=needs[n]) for n in SIZED])
+each_targeted = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs[n]) for n in TARGETED]
+)
 
 
 def small_vit(**options: Any) -> VisionTransformer:
@@ -77,7 +81,7 @@ def test_every_method_has_a_size_to_set_or_a_fixed_one() -> None:
     assert not set(SIZED) & FIXED
 
 
-@each
+@each_targeted
 @pytest.mark.parametrize("targets", [["q", "k", "v", "o"], ["qkv", "fc1"], ["v", "fc2"]])
 def test_sizes_are_those_of_the_adapted_model(name: str, targets: list[str]) -> None:
     model = small_vit()
@@ -93,6 +97,16 @@ def test_sizes_are_those_of_the_adapted_model(name: str, targets: list[str]) -> 
         assert fitted.budget is None  # type: ignore[attr-defined]
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", sorted({*SIZED} - {"tiny_wara", "apla"} - THROUGH_PEFT))
+def test_a_budget_is_the_same_number_for_every_method_of_a_table(name: str) -> None:
+    """Whatever a method adapts by itself, unless it is told where."""
+    model = small_vit()
+    for blocks, count in (("all", 2), ("last_1", 1)):
+        fitted, wanted, got = fit(METHODS[name](blocks=blocks), model, "lora_r8")
+        assert wanted == 8 * count * 4 * (48 + 48)
+        assert got == adapter_size(model, fitted) == pytest.approx(wanted, rel=0.1)
 
 
 OPTIONS = [
@@ -128,6 +142,8 @@ def test_no_neighbour_is_nearer(name: str) -> None:
             if option == "init_rank" and other <= fitted.rank:
                 continue
             if name == "tiny_wara" and other > fitted.rank**2:
+                continue
+            if name == "apla" and other > 48:  # all rows
                 continue
             changed = replace(fitted, **{option: other})
             size = size_of(changed, model, targets)
@@ -220,7 +236,7 @@ def test_the_table_of_methods_is_complete() -> None:
         assert set(re.findall(r"`(\w+)`", table[name][2])) == options, name
 
 
-@each
+@each_targeted
 def test_a_budget_beyond_an_option_is_refused_and_the_largest_named(name: str) -> None:
     """Unless the method is full before: then it takes what it can have."""
     model: Any = nn.Sequential(nn.Linear(64, 64))
@@ -257,7 +273,8 @@ def test_a_size_and_a_budget_are_refused_together(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in SIZED if n not in ("waveft", "shira")])
 def test_a_size_that_is_null_is_refused(name: str) -> None:
-    key = "rank" if name != "fourierft" else "n_frequency"
+    own = {field.name for field in fields(METHODS[name])}
+    key = "rank" if "rank" in own else METHODS[name].knob[0]
     (fault,) = option_faults({"method": name, key: None})
     assert fault.what == f"{key} should be a whole number, not null"
     assert fault.where == f"adapter.{key}" and fault.remedy

@@ -18,6 +18,8 @@ from wara import __version__
 from wara.errors import WaraError
 from wara.images import load_tensor
 from wara.runs import load_run
+from wara.runs.folder import RunFolder
+from wara.runs.sealed import seal_run
 from wara.training.start import run
 
 HINT = "read it with wara 0.1.0, or train again"
@@ -159,6 +161,7 @@ def as_of_0_1_0(folder: Path) -> None:
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"version": 1}))
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"  modality: .*\n", "", config))
+    (folder / "files.sha256").unlink()
 
 
 def test_a_run_of_another_version_is_told_as_such(copy: Path) -> None:
@@ -179,4 +182,5 @@ def test_a_later_patch_of_this_version_reads_and_says_nothing(copy: Path) -> Non
     record["versions"]["wara"] = __version__ + ".1"
     record["more"] = {"of": "another version"}
     (copy / "provenance.json").write_text(json.dumps(record))
+    seal_run(RunFolder(copy))
     assert wara.load_run(copy).provenance["more"] == record["more"]

@@ -185,7 +185,7 @@ def test_resume_without_a_run_starts_at_the_start_and_says_so(
 
 
 def test_a_resume_that_never_began_leaves_nothing(whole: Path, tmp_path: Path) -> None:
-    config = _config(whole, out=str(tmp_path / "run"), lr=1e30, clip_grad=None, warmup_epochs=0.0)
+    config = _config(whole, out=str(tmp_path / "run"), lr=1e3, clip_grad=None, warmup_epochs=0.0)
     with pytest.raises(WaraError) as caught:
         run(config, resume=True, quiet=True)
     assert caught.value.exit_code == 6 and not (tmp_path / "run").exists()

@@ -342,7 +342,7 @@ def test_the_folder_is_complete(folder: Path) -> None:
         "config.yaml", "provenance.json", "splits.csv", "metrics.csv", "metrics.json",
         "predictions_val.csv", "predictions_test.csv", "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
-        "report.md", "train.log", *(f"plots/{name}.png" for name in figures),
+        "report.md", "train.log", "files.sha256", *(f"plots/{name}.png" for name in figures),
     }  # fmt: skip
 
 

@@ -254,6 +254,62 @@ def test_drawn_images_are_not_compared(tmp_path):
     assert images.near_pairs() == [] and images.signature(0) is None
 
 
+def deep_set(folder: Path, bits: int | None = None) -> ImageSet:
+    """Pictures of 12 bits in 16-bit files, each as PNG and as two kinds of TIFF."""
+    paths = []
+    for number in range(6):
+        grey = np.asarray(picture(number, 48, 40).convert("L")).astype(np.uint16) * 16
+        kinds = {"png": {}, "lzw.tiff": {"compression": "tiff_lzw"}, "tiff": {"tiffinfo": {262: 0}}}
+        for kind, options in kinds.items():
+            paths.append(folder / f"{number}.{kind}")
+            if not paths[-1].exists():
+                Image.fromarray(grey).save(paths[-1], **options)
+    images = set_of(paths)
+    images.declare(bits, None)
+    return images
+
+
+def test_16_bit_files_are_known_again_whatever_is_declared_later(tmp_path):
+    images = deep_set(tmp_path)
+    assert images.survey() == () and images.bits == 12
+    late = [images.signature(index) for index in range(len(images))]
+    # The same numbers with black and white exchanged are another picture.
+    assert {(p.first, p.second, p.kind) for p in all_pairs(images)} == {
+        (at, at + 1, "pixels") for at in range(0, 18, 3)
+    }
+    assert images.facts[2].inverted
+    spec = ImageSpec((16, 16), (0.5,) * 3, (0.5,) * 3)
+    for bits in (12, 16):
+        declared = deep_set(tmp_path, bits)
+        assert declared.survey(spec) == ()
+        assert [declared.signature(index) for index in range(len(images))] == late
+
+
+def test_what_was_found_is_found_again_without_reading_or_searching(tmp_path, monkeypatch):
+    monkeypatch.setattr("wara.data.facts.SETTLED", 0.0)
+    paths = twin_folder(tmp_path / "set", "jpg", 8)
+
+    def surveyed(known: bool) -> ImageSet:
+        images = set_of(paths)
+        images.survey(cache=images.fact_cache(tmp_path / "facts"), known=known)
+        return images
+
+    first = surveyed(False)
+    pairs, facts = first.near_pairs(), first.facts
+    assert len(pairs) == 8
+    searched = []
+    search = imageset.near_pairs
+    monkeypatch.setattr(imageset, "near_pairs", lambda own: searched.append(1) or search(own))
+    assert surveyed(False).near_pairs() == pairs and not searched  # a run, which reads them all
+    with monkeypatch.context() as patch:
+        patch.setattr(FileReader, "load", None)
+        again = surveyed(True)
+        assert again.near_pairs() == pairs and again.facts == facts
+    assert not searched
+    picture(99, 48, 40).save(paths[1], quality=95)
+    assert len(surveyed(True).near_pairs()) == 7 and searched
+
+
 def test_the_sheet_shows_pairs_side_by_side(tmp_path):
     images = set_of(twin_folder(tmp_path / "set", "mirrored.png", 6))
     sheet = contact_sheet(images, all_pairs(images))
@@ -268,8 +324,11 @@ def test_the_sheet_shows_pairs_side_by_side(tmp_path):
 # --- a run ------------------------------------------------------------------------------------
 
 
-def with_twins(folder: Path) -> Path:
-    """Add to the images of `tiny_config` a brighter and an equal copy of its first one."""
+def with_twins(folder: Path, label: str = "calm") -> Path:
+    """Add to the images of `tiny_config` a darker and an equal copy of its first one.
+
+    The darker one is listed as `label`.
+    """
     tiny_config(folder)
     data = folder / "data"
     first = next(csv.DictReader((data / "labels.csv").open()))
@@ -277,8 +336,8 @@ def with_twins(folder: Path) -> Path:
     ImageEnhance.Brightness(image).enhance(0.95).save(data / "images" / "darker.png")
     image.save(data / "images" / "again.tiff")
     with (data / "labels.csv").open("a") as stream:
-        for name in ("darker.png", "again.tiff"):
-            stream.write(f"images/{name},{first['label']},{name}\n")
+        for name, called in (("darker.png", label), ("again.tiff", first["label"])):
+            stream.write(f"images/{name},{called},{name}\n")
     return data
 
 

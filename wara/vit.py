@@ -96,6 +96,28 @@ def token_layout(model: nn.Module) -> tuple[tuple[int, int], int]:
     return (int(grid[0]), int(grid[1])), int(prefix)
 
 
+def prefix_count(tokens: int, grid: tuple[int, int], prefix_tokens: int) -> int:
+    """Return how many of the tokens that a layer got are prefix tokens.
+
+    Some models (CaiT) run their blocks on patch tokens alone.
+
+    Args:
+        tokens: `n + p` or `n`.
+        grid: `(h, w)` of the patch tokens, `n = h w`.
+        prefix_tokens: `p`.
+
+    Raises:
+        WaraError: kind `config` when the number of tokens does not fit the grid.
+    """
+    h, w = grid
+    prefix = tokens - h * w
+    if prefix in (0, prefix_tokens):
+        return prefix
+    what = f"a layer got {tokens} tokens where the grid {h}x{w} has {h * w}"
+    remedy = "build the model for this img_size, and without patch dropping or windows"
+    raise WaraError("config", what, f"{prefix_tokens} prefix tokens", remedy)
+
+
 def block_names(model: nn.Module) -> list[str]:
     """Return the dotted paths of the transformer blocks, in order; empty without `blocks`."""
     stack = getattr(model, "blocks", None)

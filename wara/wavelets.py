@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, cast, get_args
 
+import numpy as np
 import ptwt
 import pywt
 import torch
@@ -44,6 +45,17 @@ def _known_wavelet(name: str) -> str:
 
 WaveletName = Annotated[str, AfterValidator(_known_wavelet)]
 """Name of a discrete wavelet, as a field of options."""
+
+RANDOM = "random"
+"""In place of the name of a wavelet: a random orthogonal matrix, see `random_transform`."""
+
+
+def _known_transform(name: str) -> str:
+    return name if name == RANDOM else _known_wavelet(name)
+
+
+GridTransformName = Annotated[str, AfterValidator(_known_transform)]
+"""Name of a transform of the token grid, as a field of options."""
 
 
 def check_wavelet(name: str) -> pywt.Wavelet:
@@ -165,6 +177,42 @@ def grid_transform(
         return GridTransform(analysis, images.flatten(1).T.contiguous(), sizes)
 
 
+@lru_cache(maxsize=4)
+def random_transform(grid: tuple[int, int], level: int = 1, seed: int = 0) -> GridTransform:
+    """Return a random orthogonal transform with as many parts, and as large, as wavelet subbands.
+
+    The control for a wavelet: with `Q` drawn uniformly from the orthogonal `[n, n]` matrices,
+    `P_s = Qᵀ mask_s Q`, so tokens are mixed alike everywhere and nothing of the grid is known.
+
+    Args:
+        grid: `(h, w)`, `n = h w`.
+        level: number of levels; sizes are those of Haar where it halves the sides evenly, and else
+            the low half of a side is the larger, so that they add up to `n`.
+        seed: draws `Q`. The stream is NumPy's Mersenne Twister, which is frozen, and the QR
+            decomposition with positive diagonal is unique: the seed says all, to rounding.
+
+    Returns:
+        Matrices in float64, shared by all callers: do not write to them.
+
+    Raises:
+        WaraError: kind `config` for a level that does not fit the grid.
+    """
+    check_level(grid, "haar", level)
+    n = grid[0] * grid[1]
+    words = np.random.SeedSequence(seed).generate_state(4)
+    draw = np.random.RandomState(words).standard_normal((n, n))
+    with torch.inference_mode(False), torch.device("cpu"):
+        q, r = torch.linalg.qr(torch.from_numpy(draw))
+        analysis = (q * torch.diagonal(r).sign()).T.contiguous()
+    sizes: list[int] = []
+    h, w = grid
+    for _ in range(level):
+        low_h, low_w = (h + 1) // 2, (w + 1) // 2
+        sizes = [(h - low_h) * low_w, low_h * (w - low_w), (h - low_h) * (w - low_w), *sizes]
+        h, w = low_h, low_w
+    return GridTransform(analysis, analysis.T.contiguous(), (h * w, *sizes))
+
+
 class SubbandMixer(nn.Module):
     """Updates the subbands of rank-space tokens: `mix(z) = Σ_s P_s z K_sᵀ`.
 
@@ -178,9 +226,10 @@ class SubbandMixer(nn.Module):
         wavelet: name of a discrete wavelet.
         level: number of levels.
         boundary: extension at the border of the grid.
+        seed: draws the matrix where the wavelet is `RANDOM`.
 
     Raises:
-        WaraError: kind `config`, see `grid_transform`.
+        WaraError: kind `config`, see `grid_transform` and `random_transform`.
     """
 
     analysis: Tensor
@@ -192,11 +241,12 @@ class SubbandMixer(nn.Module):
         wavelet: str = "haar",
         level: int = 1,
         boundary: str = "symmetric",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.grid = (int(grid[0]), int(grid[1]))
         self.names = subband_names(level)
-        self.wavelet, self.level, self.boundary = wavelet, level, boundary
+        self.wavelet, self.level, self.boundary, self.seed = wavelet, level, boundary, seed
         self.sizes = self.exact().sizes
         # Not persistent: they follow from the configuration, and the adapter file stays small.
         for name in ("analysis", "synthesis"):
@@ -205,6 +255,8 @@ class SubbandMixer(nn.Module):
 
     def exact(self) -> GridTransform:
         """Return the transform in float64."""
+        if self.wavelet == RANDOM:
+            return random_transform(self.grid, self.level, self.seed)
         return grid_transform(self.grid, self.wavelet, self.level, self.boundary)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubbandMixer:

@@ -24,7 +24,7 @@ from wara.adapters.state import (
     parameter_groups,
     trainable_parameters,
 )
-from wara.adapters.targets import TargetedMethod
+from wara.adapters.targets import SizedMethod, TargetedMethod
 from wara.adapters.wara import TinyWaRA, WaRA
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "LoRA",
     "Method",
     "SHiRA",
+    "SizedMethod",
     "TargetedMethod",
     "TinyWaRA",
     "WaRA",

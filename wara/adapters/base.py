@@ -9,7 +9,7 @@ which `trains` answers yes. Freezing, counting, optimising and saving follow fro
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import pydantic
@@ -23,6 +23,7 @@ from wara.schema import STRICT, fault, faults_of
 from wara.vit import plain_name, unwrap
 
 Rows = tuple[int, int]
+
 
 class AdapterLayer(nn.Module):
     """The trainable part that sits on one module of the base.
@@ -42,6 +43,18 @@ class AdapterLayer(nn.Module):
             base: the module it sits on; it must not be changed.
         """
         return None
+
+    def settings(self, base: nn.Module) -> Iterable[tuple[str, str, Any]]:
+        """Return attributes within the base module that have to be others while it is on.
+
+        Args:
+            base: the module it is put on; `adapt` sets them, and `unload` and `merge` set them
+                back.
+
+        Returns:
+            Path below the module, name and value of each.
+        """
+        return ()
 
     def attach(self, module: nn.Module) -> None:
         """Take note of the adapted module it now belongs to; most adapters need not know it."""

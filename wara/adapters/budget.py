@@ -1,7 +1,8 @@
 """Equal budgets: `budget: lora_r4` picks rank, `k` or `u` so that methods train equally much.
 
-A budget is a multiple of what LoRA of rank 1 trains on the same targets, `Σ (d + o)` over the
-adapted matrices; a fused query-key-value layer with all three adapted counts as three matrices.
+A budget is a multiple of what LoRA of rank 1 trains, `Σ (d + o)` over the adapted matrices; a fused
+query-key-value layer with all three adapted counts as three matrices. They are those of the targets
+that were chosen, and `q k v o` of the same blocks for a method that acts elsewhere by itself.
 What a setting trains is counted, not computed: one layer per distinct shape is built without
 numbers (on torch's `meta` device).
 """
@@ -18,24 +19,28 @@ import torch
 from torch import nn
 
 from wara.adapters.base import Method
-from wara.adapters.targets import Target, TargetedMethod, parse_budget
+from wara.adapters.targets import SizedMethod, Target, TargetedMethod, parse_budget
 from wara.errors import WaraError
 
 TOLERANCE = 0.1
 """How far above a budget a method's smallest setting may lie before the budget is refused."""
 
 
-def size_of(method: TargetedMethod, model: nn.Module, targets: Sequence[Target]) -> int:
+def size_of(method: SizedMethod, model: nn.Module, targets: Sequence[Target]) -> int:
     """Count what a method trains on targets, without building it.
 
     Args:
-        method: with targets.
+        method: with or without targets.
         model: that the targets were found in; it is not changed.
         targets: all of the method's.
 
     Returns:
         Trainable numbers. A parameter that layers share counts once.
     """
+    if not isinstance(method, TargetedMethod):
+        with torch.device("meta"):
+            layers = method.layers(model).values()
+        return sum({id(p): p.numel() for layer in layers for p in layer.parameters()}.values())
     shapes: Counter[Any] = Counter()
     samples: list[Target] = []
     for target in targets:
@@ -86,7 +91,7 @@ def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, 
     change: dict[str, Any] = {"budget": None}
     plain: Any = replace(method, **change)
     targets = plain.find(model)
-    unit = sum(o + d for target in targets for o, d in target.shapes)
+    unit = sum(o + d for target in plain.measured(model) for o, d in target.shapes)
     goal = round(multiple * unit)
     sized = [pair for form in plain.forms() for pair in _near(form, model, targets, goal)]
     sizes = [size for size, _ in sized]
@@ -104,8 +109,8 @@ def fit(method: Method, model: nn.Module, wanted: str | float) -> tuple[Method, 
 
 
 def _near(
-    method: TargetedMethod, model: nn.Module, targets: Sequence[Target], goal: int
-) -> Iterator[tuple[int, TargetedMethod]]:
+    method: SizedMethod, model: nn.Module, targets: Sequence[Target], goal: int
+) -> Iterator[tuple[int, SizedMethod]]:
     """Yield size and method at the least value of the knob, and on both sides of the goal."""
     sizes: dict[int, int] = {}
 
@@ -122,7 +127,7 @@ def _near(
         yield size(value), method.turned(value)
 
 
-def _may_be(method: TargetedMethod, value: int) -> bool:
+def _may_be(method: SizedMethod, value: int) -> bool:
     """Whether the knob's own bounds let it stand at a value."""
     try:
         method.turned(value)
@@ -143,7 +148,7 @@ def _last(start: int, holds: Callable[[int], bool], most: int | None) -> int:
     return low
 
 
-def _is_full(method: TargetedMethod, targets: Sequence[Target]) -> bool:
+def _is_full(method: SizedMethod, targets: Sequence[Target]) -> bool:
     """Whether more of the knob would add nothing, so that the method can have no larger size."""
     return getattr(method, method.knob[0]) == method.knob_range(targets)[1]
 

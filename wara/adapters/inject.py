@@ -139,6 +139,10 @@ def _place(model: nn.Module, path: str, layer: AdapterLayer, attributes: list[At
         adapted: AdaptedModule = AdaptedLinear(module, layer)
     else:
         adapted = AdaptedModule(module, layer)
+    for below, name, value in layer.settings(module):
+        holder = module.get_submodule(below)
+        attributes.append((f"{path}.{below}", name, getattr(holder, name), value))
+        setattr(holder, name, value)
     _put(model, path, adapted)
     # timm's EVA and BEiT read `qkv.weight` past the layer unless told to call it.
     if isinstance(layer, LinearAdapter) and getattr(parent, "qkv_bias_separate", None) is False:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from wara.adapters.apla import APLA
 from wara.adapters.base import Method, option_faults
 from wara.adapters.baselines import (
     AdaLoRA,
@@ -22,10 +23,15 @@ from wara.adapters.baselines import (
     LoKr,
     VeRA,
 )
+from wara.adapters.bypass import AdaptFormer, Convpass
 from wara.adapters.declared import check_declarations
+from wara.adapters.fact import FacT
 from wara.adapters.lora import LoRA
 from wara.adapters.probes import Full, LinearProbe
+from wara.adapters.rank_conv import RankConv
 from wara.adapters.sparse import SHiRA, WaveFT
+from wara.adapters.ssf import SSF
+from wara.adapters.vpt import VPT
 from wara.adapters.wara import TinyWaRA, WaRA
 from wara.errors import WaraError, WaraErrors, suggest
 from wara.schema import Place, fault, fields_of
@@ -33,6 +39,7 @@ from wara.schema import Place, fault, fields_of
 METHODS: dict[str, type[Method]] = {
     "wara": WaRA,
     "tiny_wara": TinyWaRA,
+    "rank_conv": RankConv,
     "lora": LoRA,
     "waveft": WaveFT,
     "shira": SHiRA,
@@ -42,6 +49,12 @@ METHODS: dict[str, type[Method]] = {
     "loha": LoHa,
     "lokr": LoKr,
     "fourierft": FourierFT,
+    "adaptformer": AdaptFormer,
+    "convpass": Convpass,
+    "vpt": VPT,
+    "fact_tt": FacT,
+    "apla": APLA,
+    "ssf": SSF,
     "bitfit": BitFit,
     "ln_tuning": LNTuning,
     "linear_probe": LinearProbe,

@@ -23,7 +23,7 @@ from wara.adapters.base import (
     options,
 )
 from wara.errors import WaraError, suggest
-from wara.schema import fault, from_list
+from wara.schema import fault, fields_of, from_list
 from wara.vit import block_names, plain_name
 
 FUSED = frozenset({"qkv"})
@@ -239,26 +239,15 @@ def parse_budget(text: str | float) -> float:
 
 
 @options
-class TargetedMethod(Method):
-    """A method that puts one adapter layer on each target."""
+class SizedMethod(Method):
+    """A method that acts in some of the blocks, and whose size a budget can set."""
 
-    targets: Annotated[tuple[str, ...], from_list] = Field(
-        ATTENTION, description="What is adapted: q k v o qkv fc1 fc2, or patterns."
-    )
     blocks: str | int | Numbers = Field(
-        "all", description="Blocks with targets: all, last_N, or numbers from 0."
+        "all", description="Blocks that are adapted: all, last_N, or numbers from 0."
     )
     budget: str | float | None = Field(
         None, description="Size instead of the method's own, as lora_r4 or 0.8*lora_r1."
     )
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        wrong = target_fault(value) if isinstance(value, str | list | tuple) else None
-        if wrong:
-            raise fault(*wrong)
-        return value
 
     @field_validator("blocks")
     @classmethod
@@ -284,8 +273,56 @@ class TargetedMethod(Method):
         return one_size(cls.knob, given)
 
     def find(self, model: nn.Module) -> list[Target]:
+        """Return the linear layers that the method adapts; those of a LoRA where it has no own."""
+        return find_targets(model, ATTENTION, self.blocks)
+
+    def measured(self, model: nn.Module) -> list[Target]:
+        """Return the targets of the LoRA that a budget compares with: `q k v o` of the blocks."""
+        return find_targets(model, ATTENTION, self.blocks)
+
+    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
+        """Return the least and the most useful value of the knob, `None` for no limit."""
+        return 1, None
+
+    def turned(self, value: int) -> SizedMethod:
+        """Return the method with its knob at a value."""
+        change: dict[str, Any] = {self.knob[0]: value}
+        return replace(self, **change)
+
+    def forms(self) -> Sequence[SizedMethod]:
+        """Return the methods whose knob a budget may turn: itself, and forms left to be chosen."""
+        return [self]
+
+
+@options
+class TargetedMethod(SizedMethod):
+    """A method that puts one adapter layer on each target."""
+
+    targets: Annotated[tuple[str, ...], from_list] = Field(
+        ATTENTION, description="What is adapted: q k v o qkv fc1 fc2, or patterns."
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        wrong = target_fault(value) if isinstance(value, str | list | tuple) else None
+        if wrong:
+            raise fault(*wrong)
+        return value
+
+    def find(self, model: nn.Module) -> list[Target]:
         """Return the targets in `model`."""
         return find_targets(model, self.targets, self.blocks)
+
+    def measured(self, model: nn.Module) -> list[Target]:
+        """Return the targets of the LoRA that a budget compares with.
+
+        They are the method's own where these were chosen. Targets that a paper names for its method
+        do not change what a budget is, or methods in one table would have different ones.
+        """
+        own = fields_of(type(self))["targets"].default
+        names = ATTENTION if self.targets == own else self.targets
+        return find_targets(model, names, self.blocks)
 
     def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
         """Return one adapter layer per target, see `build`."""
@@ -296,16 +333,3 @@ class TargetedMethod(Method):
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one adapter layer for each of some targets of the model, which is not changed."""
         raise TypeError(f"{type(self).__name__} does not define build")
-
-    def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
-        """Return the least and the most useful value of the knob, `None` for no limit."""
-        return 1, None
-
-    def turned(self, value: int) -> TargetedMethod:
-        """Return the method with its knob at a value."""
-        change: dict[str, Any] = {self.knob[0]: value}
-        return replace(self, **change)
-
-    def forms(self) -> Sequence[TargetedMethod]:
-        """Return the methods whose knob a budget may turn: itself, and forms left to be chosen."""
-        return [self]

@@ -15,8 +15,11 @@ from wara.adapters.lora import DROPOUT, MOST_RANK, LoRALayer, LowRankLayer, LowR
 from wara.adapters.targets import Target
 from wara.errors import WaraError
 from wara.memory import check_memory
-from wara.vit import token_layout
-from wara.wavelets import Boundary, SubbandMixer, WaveletName
+from wara.vit import prefix_count, token_layout
+from wara.wavelets import RANDOM, Boundary, GridTransformName, SubbandMixer
+
+PrefixRule = Literal["adapt", "skip"]
+PREFIX = "Class and register tokens: update without transform, or none."
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,10 @@ class SubbandLayer(LowRankLayer, TokenDomainLayer):
     def split(self, tokens: int) -> int:
         """Return how many of `tokens` are prefix tokens.
 
-        Some models (CaiT) run their blocks on patch tokens alone.
-
         Raises:
             WaraError: kind `config` when the number of tokens does not fit the grid.
         """
-        prefix = tokens - self.mixer.tokens
-        if prefix in (0, self.prefix_tokens):
-            return prefix
-        h, w = self.mixer.grid
-        what = f"a layer got {tokens} tokens where the grid {h}x{w} has {h * w}"
-        where = f"{self.prefix_tokens} prefix tokens"
-        remedy = "build the model for this img_size, and without patch dropping or windows"
-        raise WaraError("config", what, where, remedy)
+        return prefix_count(tokens, self.mixer.grid, self.prefix_tokens)
 
     def mix(self, z: Tensor) -> Tensor:
         """Update `[b, n, g r]`: patch tokens per subband, prefix tokens by `mix_prefix`."""
@@ -233,17 +227,24 @@ class SubbandMethod(LowRankMethod):
 
     mergeable: ClassVar[bool] = False
 
-    wavelet: WaveletName = Field("haar", description="A discrete wavelet of PyWavelets.")
+    wavelet: GridTransformName = Field(
+        "haar", description="A discrete wavelet of PyWavelets, or random: a control."
+    )
     level: int = Field(1, ge=1, le=16, description="Levels of the transform; the grid bounds it.")
     boundary: Boundary = Field("symmetric", description="How the grid goes on past its border.")
-    prefix: Literal["adapt", "skip"] = Field(
-        "adapt", description="Class and register tokens: update without transform, or none."
+    prefix: PrefixRule = Field("adapt", description=PREFIX)
+
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Draws the matrix of wavelet: random from its own stream."
     )
 
     def tokens(self, model: nn.Module) -> Tokens:
         """Return how the tokens of a model lie, with the transform of its grid."""
         grid, prefix_tokens = token_layout(model)
-        mixer = SubbandMixer(grid, self.wavelet, self.level, self.boundary)
+        if self.wavelet == RANDOM:
+            what = f"boundary '{self.boundary}' means nothing to a random transform"
+            require(self.boundary == "symmetric", what, "boundary", "leave it out")
+        mixer = SubbandMixer(grid, self.wavelet, self.level, self.boundary, self.seed)
         return Tokens(mixer, prefix_tokens, self.prefix)
 
 
@@ -253,7 +254,8 @@ class WaRA(SubbandMethod):
 
     The cores are this project's reading, for only the abstract could be read; see docs/wara.md.
     With `core="identity"` WaRA equals LoRA on the patch tokens, exactly: the transform acts on
-    tokens, `A` and `B` on channels, and the two commute.
+    tokens, `A` and `B` on channels, and the two commute. With `wavelet="random"`, the control, the
+    transform is a random orthogonal matrix, see `wara.wavelets.random_transform`.
     """
 
     name: ClassVar[str] = "wara"
@@ -308,7 +310,9 @@ class TinyWaRA(SubbandMethod):
     share: Literal["subband", "layer", "model"] = Field(
         "subband", description="What has coefficients of its own; model trains u numbers in all."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Draws the fixed directions; they are stored.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Draws the directions, stored; and a random transform."
+    )
 
     def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
         """Return 1, and the freedom that one vector `v` can have: entries of the cores it sets."""

@@ -34,10 +34,10 @@ from wara.storage import new_folder
 
 # What a bundle is run by, in the folder `wara` of a bundle but for the two that people look for.
 SHIPPED = (
-    "errors.py", "flags.py", "signals.py", "storage.py", *DECODING, "data/litter.py", "data/walk.py",
-    "deploy/bundle.py", "deploy/contents.py", "deploy/inputs.py", "deploy/onnx_check.py",
-    "deploy/output.py", "deploy/places.py", "deploy/predictor.py", "deploy/sr.py",
-    "deploy/trace.py",
+    "errors.py", "flags.py", "signals.py", "storage.py", *DECODING, "data/litter.py",
+    "data/walk.py", "deploy/bundle.py", "deploy/contents.py", "deploy/inputs.py",
+    "deploy/onnx_check.py", "deploy/output.py", "deploy/places.py", "deploy/predictor.py",
+    "deploy/sr.py", "deploy/trace.py",
 )  # fmt: skip
 AT_THE_TOP = ("images.py", "deploy/infer.py")
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "pydicom")

@@ -111,8 +111,8 @@ def frozen(model: nn.Module) -> nn.Module:
 def plain(model: nn.Module) -> tuple[nn.Module, bool]:
     """Return the model that is served, in float32 and evaluation mode, and whether it was merged.
 
-    Where the update of a layer is one of its weights, it is folded into them; WaRA and Tiny-WaRA
-    depend on the place of a token, and stay parts of the graph.
+    Where the update of a layer is one of its weights, it is folded into them; what depends on the
+    place of a token (WaRA), or acts beside whole modules, stays part of the graph.
     """
     try:
         return merge(model).float().eval(), True

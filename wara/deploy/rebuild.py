@@ -35,7 +35,7 @@ _HEADER = 16 << 20  # bytes that names and shapes of tensors may take
 def load_bundle_model(bundle: Bundle) -> nn.Module:
     """Return the network of a bundle, in float32, in evaluation mode, without gradients of its own.
 
-    Updates of weights are part of the weights; WaRA and Tiny-WaRA sit on their layers.
+    Updates of weights are part of the weights; other adapters sit where they were trained.
 
     Args:
         bundle: as `open_bundle` returns it.
