@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from test_twins import with_twins
-from training_helpers import CLASSES, make_images, tiny_config
+from training_helpers import CLASSES, make_images, tiny_config, with_twins
 
 from wara import cli
 from wara.check.content import kind_of

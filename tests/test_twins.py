@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 from pydicom.uid import SecondaryCaptureImageStorage
 from test_gate import FRACTIONS, card, fails
-from training_helpers import tiny_config
+from training_helpers import tiny_config, with_twins
 
 from wara.config import RunConfig
 from wara.data import ImageSet, Record, assign_splits, check, imageset
@@ -255,15 +255,18 @@ def test_drawn_images_are_not_compared(tmp_path):
 
 
 def deep_set(folder: Path, bits: int | None = None) -> ImageSet:
-    """Pictures of 12 bits in 16-bit files, each as PNG and as two kinds of TIFF."""
+    """Pictures of 12 bits, each in 16 bits as PNG and two kinds of TIFF, and as PNG of 8 bits."""
     paths = []
     for number in range(6):
-        grey = np.asarray(picture(number, 48, 40).convert("L")).astype(np.uint16) * 16
+        shown = np.asarray(picture(number, 48, 40).convert("L"))
+        grey = shown.astype(np.uint16) * 16
         kinds = {"png": {}, "lzw.tiff": {"compression": "tiff_lzw"}, "tiff": {"tiffinfo": {262: 0}}}
         for kind, options in kinds.items():
             paths.append(folder / f"{number}.{kind}")
             if not paths[-1].exists():
                 Image.fromarray(grey).save(paths[-1], **options)
+        paths.append(folder / f"{number}.8.png")
+        Image.fromarray(shown).save(paths[-1])
     images = set_of(paths)
     images.declare(bits, None)
     return images
@@ -275,7 +278,9 @@ def test_16_bit_files_are_known_again_whatever_is_declared_later(tmp_path):
     late = [images.signature(index) for index in range(len(images))]
     # The same numbers with black and white exchanged are another picture.
     assert {(p.first, p.second, p.kind) for p in all_pairs(images)} == {
-        (at, at + 1, "pixels") for at in range(0, 18, 3)
+        (at, at + step, kind)
+        for at in range(0, 24, 4)
+        for step, kind in ((1, "pixels"), (3, "near"))
     }
     assert images.facts[2].inverted
     spec = ImageSpec((16, 16), (0.5,) * 3, (0.5,) * 3)
@@ -322,23 +327,6 @@ def test_the_sheet_shows_pairs_side_by_side(tmp_path):
 
 
 # --- a run ------------------------------------------------------------------------------------
-
-
-def with_twins(folder: Path, label: str = "calm") -> Path:
-    """Add to the images of `tiny_config` a darker and an equal copy of its first one.
-
-    The darker one is listed as `label`.
-    """
-    tiny_config(folder)
-    data = folder / "data"
-    first = next(csv.DictReader((data / "labels.csv").open()))
-    image = Image.open(data / first["file"])
-    ImageEnhance.Brightness(image).enhance(0.95).save(data / "images" / "darker.png")
-    image.save(data / "images" / "again.tiff")
-    with (data / "labels.csv").open("a") as stream:
-        for name, called in (("darker.png", label), ("again.tiff", first["label"])):
-            stream.write(f"images/{name},{called},{name}\n")
-    return data
 
 
 def test_a_run_lists_and_shows_what_is_there_twice(tmp_path):
