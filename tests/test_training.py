@@ -340,6 +340,7 @@ def test_the_folder_is_complete(folder: Path) -> None:
                "singular_values"}  # fmt: skip
     assert names - board == {
         "config.yaml", "provenance.json", "splits.csv", "metrics.csv", "metrics.json",
+        "near_duplicates.csv",
         "predictions_val.csv", "predictions_test.csv", "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
         "report.md", "train.log", "files.sha256", *(f"plots/{name}.png" for name in figures),
