@@ -120,8 +120,11 @@ def out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # These may quote a name or a cell that somebody wrote.
+    if isinstance(error, ValueError | LookupError | TypeError):
+        return False
     return any(text in str(error).lower() for text in _NO_MEMORY)
 
 
