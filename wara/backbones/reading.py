@@ -117,7 +117,8 @@ def read_checkpoint(path: Path) -> Any:
         with open_regular(path) as file:
             start = file.read(32)
     except NotRegular as error:
-        raise WaraError("artefact", "the weights are no regular file", str(path), _ORIGINAL) from error
+        what = "the weights are no regular file"
+        raise WaraError("artefact", what, str(path), _ORIGINAL) from error
     except OSError as error:
         raise _unreadable(error, path) from error
     # A safetensors file starts with the length of its JSON header, in 8 bytes.
