@@ -81,7 +81,8 @@ def test_what_differs_is_named_before_training(
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("adapter/adapter_model.safetensors", "gone or altered"), ("splits.csv", "gone or altered"),
+    [("adapter/adapter_model.safetensors", "gone, or changed since"),
+     ("splits.csv", "gone, or changed since"),
      ("files.sha256", "the list of the run's files")],
 )  # fmt: skip
 def test_a_folder_that_is_not_whole_is_refused(
