@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from training_helpers import CLASSES, make_images, tiny_config
+from training_helpers import CLASSES, make_images, tiny_config, with_twins
 
 from wara import cli
 from wara.check.content import kind_of
@@ -91,7 +91,8 @@ def test_a_report_says_what_the_files_hold(data: Path, tmp_path: Path, capsys) -
     assert "accepted" in printed and "PNG (60)" in printed
     names = {path.name for path in out.iterdir()}
     sheets = {f"class_{i}.png" for i in range(3)}
-    assert names == {"report.html", "check.json", "images.csv", "brightness.png", *sheets}
+    tables = {"check.json", "images.csv", "near_duplicates.csv"}
+    assert names == {"report.html", *tables, "brightness.png", *sheets}
     said = content(out)
     assert said["accepted"] and not said["synthetic"] and said["images"] == 60
     assert said["patients"] == 30 and said["files"]["container"] == {"PNG": 60}
@@ -190,6 +191,47 @@ def test_greys_of_16_bits_are_those_that_are_shown(tmp_path: Path) -> None:
         mean, std = images.facts[index].greys(images.bits)
         assert mean == pytest.approx(shown.mean(), abs=0.5) and images.facts[index].bits == 16
         assert std == pytest.approx(shown.std(), abs=0.5)
+
+
+def test_pictures_that_are_there_twice_are_shown(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = with_twins(tmp_path, "mixed"), tmp_path / "report"
+    time.sleep(0.05)
+    assert check(data, "--report", out) == 0
+    printed = capsys.readouterr().out
+    wanted = "copies     1 exact, 1 near-duplicate pairs (0 across splits, 1 with different labels)"
+    assert wanted in printed.splitlines()
+    said = content(out)
+    (same,), near = said["copies"], said["near_duplicates"]
+    assert {image["file"] for image in same} == {"images/calm_000.png", "images/again.tiff"}
+    assert len({image["split"] for image in same}) == 1
+    (pair,) = near["pairs"]
+    assert {image["file"]: image["label"] for image in pair["files"]} == {
+        "images/calm_000.png": "calm", "images/darker.png": "mixed",
+    }  # fmt: skip
+    assert (near["images"], near["across_splits"], near["other_labels"]) == (2, 0, 1)
+    with (out / "near_duplicates.csv").open() as stream:
+        assert [row["kind"] for row in csv.DictReader(stream)] == ["near", "pixels"]
+    assert Image.open(out / "near_duplicates.png").size == (2 * 328, 206)
+    page = (out / "report.html").read_text()
+    assert "Near-duplicates" in page and "calm, mixed" in page and "darker.png" in page
+
+    def never(_):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr("wara.data.imageset.near_pairs", never)
+    assert check(data, "--report", out, "--overwrite") == 0
+    assert capsys.readouterr().out == printed
+    # As the config says: with a split of the user's own, the same pixels on two sides.
+    table = data / "labels.csv"
+    lines = table.read_text().splitlines()
+    splits = ["split", *("train" if "again" in line else "val" for line in lines[1:])]
+    table.write_text("\n".join(f"{a},{b}" for a, b in zip(lines, splits, strict=True)))
+    assert check(data) == 3
+    assert "identical pixels in train (1) and val (1)" in capsys.readouterr().err
+    check(data, "--set", "data.allow_duplicates=true")
+    assert "identical pixels" not in capsys.readouterr().err
 
 
 # --- what is refused --------------------------------------------------------------------------

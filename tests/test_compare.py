@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 from compare_helpers import cells, compare, make_config, spawn, tables
-from training_helpers import make_images
+from training_helpers import make_images, with_twins
 
 from wara import cli
 from wara.compare import cells as cells_module
 from wara.compare import worker
 from wara.config import load_config
+from wara.data import imageset
 from wara.data.imageset import FileReader, ImageSet
 from wara.errors import WaraError
 from wara.training.task import FineTuning
@@ -37,14 +38,17 @@ class Whole:
     """A finished comparison, and what it looked at."""
 
     def __init__(self, folder: Path) -> None:
+        with_twins(folder)
         self.config, self.out = make_config(folder), folder / "out"
         self.decoded: Counter[int] = Counter()
+        self.searches = 0
         self.seen: set[int] = set()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     made = Whole(tmp_path_factory.mktemp("compare"))
+    search = imageset.near_pairs
     load, array, trial = FileReader.load, ImageSet.array, worker.Worker._trial
     within: list[str] = []
 
@@ -57,6 +61,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
             made.seen.add(index)
         return array(self, index, spec)
 
+    def searched(signatures: Any) -> Any:
+        made.searches += 1
+        return search(signatures)
+
     def in_trial(self: worker.Worker, job: worker.Job) -> Any:
         within.append(job.key)
         try:
@@ -68,6 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
         patch.setattr("wara.runs.results._figures", lambda *_: None)
         patch.setattr(FileReader, "load", counted)
         patch.setattr(ImageSet, "array", noted)
+        patch.setattr(imageset, "near_pairs", searched)
         patch.setattr(worker.Worker, "_trial", in_trial)
         assert compare(made.config, made.out) == 0
     return made
@@ -112,7 +121,16 @@ def test_table_and_report_hold_what_the_runs_gave(whole: Whole) -> None:
 
 
 def test_a_worker_reads_each_image_once(whole: Whole) -> None:
-    assert whole.decoded == Counter(range(60))
+    assert whole.decoded == Counter(range(62))
+
+
+def test_copies_lie_in_one_split_of_every_cell(whole: Whole) -> None:
+    assert whole.searches == 1
+    for run in cells(whole.out):
+        with (run / "near_duplicates.csv").open() as stream:
+            pairs = list(csv.DictReader(stream))
+        assert [pair["kind"] for pair in pairs] == ["near", "pixels"]
+        assert all(pair["split_a"] == pair["split_b"] for pair in pairs)
 
 
 def test_trials_are_equal_in_number_and_see_no_test_image(whole: Whole) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,12 +42,10 @@ class Guarded(ArrayReader):
         self.seen.add(index)
         return super().read(index, bits, greys)
 
-    def load(
-        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window"
-    ) -> Loaded:
+    def load(self, index: int, spec: ImageSpec | None, *more: Any) -> Loaded:
         assert index not in self.barred, f"image {index} was loaded"
         self.seen.add(index)
-        return super().load(index, spec, bits, greys)
+        return super().load(index, spec, *more)
 
 
 def guarded(barred: set[int]) -> tuple[ImageSet, Guarded]:

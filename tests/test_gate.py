@@ -20,6 +20,7 @@ from wara.data import ImageSet, Record, assign_splits, check
 from wara.data.balance import class_counts, class_weights, imbalance_ratio, positive_weights
 from wara.data.imageset import ArrayReader, FileReader
 from wara.data.splits import connected_groups, stratify
+from wara.data.twins import TwinRule
 from wara.errors import WaraError, WaraErrors
 from wara.images import ImageSpec, read_bytes, read_image, resize
 
@@ -241,11 +242,17 @@ def test_identical_images_in_two_splits(tmp_path):
     assert "identical images in train (1) and val (1); 0.png, 6.png" in fails(
         images, splits, tmp_path
     )
-    # The source's own split is kept, and the leak is said.
-    official = image_set([0, 1] * 5, same=(0, 6, 7), splits=splits)
-    notes = check(official, splits, report_dir=tmp_path)
-    assert any("exact copies of other images: 2, 1 across splits" in n for n in notes)
-    assert any("different labels: 1 times, first 0.png, 6.png, 7.png" in n for n in notes)
+    # So is a split that the user gave, unless it is declared to be right.
+    own = image_set([0, 1] * 5, same=(0, 6, 7), splits=splits)
+    text = fails(own, splits, tmp_path)
+    assert "train (1) and val (2)" in text and "or set data.allow_duplicates=true" in text
+    allowed = check(own, splits, report_dir=tmp_path, rule=TwinRule(allow=True))
+    # A published split is kept, for its card tells of the leak.
+    published = image_set([0, 1] * 5, same=(0, 6, 7), splits=splits)
+    published.card = published.card.model_copy(update={"known_leakage": "Copies, as is known."})
+    for notes in (allowed, check(published, splits, report_dir=tmp_path)):
+        assert any("exact copies of other images: 2, 1 across splits" in n for n in notes)
+        assert any("different labels: 1 times, first 0.png, 6.png, 7.png" in n for n in notes)
 
 
 def files(tmp_path: Path, count: int) -> list[Path]:

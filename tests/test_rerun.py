@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import adapter_bytes, tiny_config
+from training_helpers import adapter_bytes, tiny_config, with_twins
 
 from wara.cli import main
 from wara.errors import WaraError
@@ -31,6 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("wara.runs.results._figures", lambda *_: None)
+        with_twins(folder)
         config = tiny_config(folder, epochs=2)
         patch.chdir(folder)
         weights = config.backbone.model_copy(update={"weights": "weights.safetensors"})
@@ -53,6 +54,8 @@ def test_the_same_weights_from_the_folder_alone(
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"identical: adapter_model.safetensors sha256 {digest}"
     assert adapter_bytes(made / "run-rerun") == adapter_bytes(made / "run")
+    for name in ("splits.csv", "near_duplicates.csv", "near_duplicates.png"):
+        assert (made / "run-rerun" / name).read_bytes() == (made / "run" / name).read_bytes()
     shutil.rmtree(made / "run-rerun")
 
 
@@ -81,8 +84,9 @@ def test_what_differs_is_named_before_training(
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("adapter/adapter_model.safetensors", "gone, or changed since"),
-     ("splits.csv", "gone, or changed since"),
+    [*((name, "gone, or changed since") for name in (
+        "adapter/adapter_model.safetensors", "splits.csv", "near_duplicates.csv",
+        "near_duplicates.png")),
      ("files.sha256", "the list of the run's files")],
 )  # fmt: skip
 def test_a_folder_that_is_not_whole_is_refused(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from safetensors.torch import save_file
 
 from wara.config import RunConfig
@@ -77,6 +77,23 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
         else:
             values[key] = value
     return RunConfig.model_validate(values)
+
+
+def with_twins(folder: Path, label: str = "calm") -> Path:
+    """Add to the images of `tiny_config` a darker and an equal copy of its first one.
+
+    The darker one is listed as `label`.
+    """
+    tiny_config(folder)
+    data = folder / "data"
+    first = next(csv.DictReader((data / "labels.csv").open()))
+    image = Image.open(data / first["file"])
+    ImageEnhance.Brightness(image).enhance(0.95).save(data / "images" / "darker.png")
+    image.save(data / "images" / "again.tiff")
+    with (data / "labels.csv").open("a") as stream:
+        for name, called in (("darker.png", label), ("again.tiff", first["label"])):
+            stream.write(f"images/{name},{called},{name}\n")
+    return data
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_helpers import adapter_bytes, tiny_config
+from training_helpers import adapter_bytes, tiny_config, with_twins
 
 from wara.config import RunConfig
 from wara.errors import WaraError
@@ -40,6 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if epoch == EPOCHS - 1:
                 raise Stopped(15)
 
+        with_twins(folder)
         config = _config(folder)
         with pytest.raises(Stopped):
             run_here(config, quiet=True, watch=stop)
@@ -156,6 +157,7 @@ def test_a_finished_run_is_made_whole_or_refused_by_name(
     """Each file in turn is removed, or damaged."""
     folder, config = RunFolder(home / "run"), _config(home)
     files = {path: path.read_bytes() for path in sealed_files(folder)}
+    assert {folder.pairs, folder.pairs_sheet} < set(files)
     sealed = folder.sealed.read_bytes()
     cases = [(path, how) for path in files for how in ("removed", "damaged")]
     dice = random.Random(7)

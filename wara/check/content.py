@@ -14,10 +14,10 @@ from wara import __version__
 from wara.check.inspection import Inspection
 from wara.data.appearance import SUSPICIOUS
 from wara.data.facts import ImageFacts
-from wara.data.gate import copies
 from wara.data.imageset import ImageSet
 from wara.data.splits import SPLITS, UNUSED
-from wara.runs.tables import label_names
+from wara.data.twins import apart, exact_groups
+from wara.runs.tables import SplitRow, label_names
 
 COLUMNS = (
     "file", "label", "patient", "split", "sha256", "width", "height", "container", "mode", "bits",
@@ -89,7 +89,29 @@ def _of_images(found: Inspection, images: ImageSet) -> Content:
         "suspicious_above": SUSPICIOUS,
         "copies": [
             [_named(images, index, found.splits[index]) for index in same]
-            for same in copies(images)
+            for same in exact_groups(images)
+        ],
+        "near_duplicates": _near(found, images),
+    }
+
+
+def _near(found: Inspection, images: ImageSet) -> Content:
+    pairs = images.near_pairs()
+    labels = [record.label for record in images.records]
+    splits = found.splits
+    return {
+        "compared": not images.synthetic,
+        "images": len({index for pair in pairs for index in (pair.first, pair.second)}),
+        "across_splits": sum(apart(splits[pair.first], splits[pair.second]) for pair in pairs),
+        "other_labels": sum(labels[pair.first] != labels[pair.second] for pair in pairs),
+        "pairs": [
+            {
+                "files": [_named(images, i, splits[i]) for i in (pair.first, pair.second)],
+                "distance": pair.distance,
+                "correlation": pair.correlation,
+                "mirrored": pair.mirrored,
+            }
+            for pair in pairs
         ],
     }
 
@@ -119,6 +141,14 @@ def _named(images: ImageSet, index: int, split: str) -> Content:
     record = images.records[index]
     label = label_names(record.label, images.card.class_names)
     return {"file": printable(record.file), "label": label, "split": split}
+
+
+def split_rows(found: Inspection, images: ImageSet) -> list[SplitRow]:
+    """Return the rows that a run would have in `splits.csv`."""
+    return [
+        SplitRow(printable(one.file), one.label, one.patient, split, images.sha256(i) or "")
+        for i, (one, split) in enumerate(zip(images.records, found.splits, strict=True))
+    ]
 
 
 def rows_of(found: Inspection) -> list[list[object]]:

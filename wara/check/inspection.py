@@ -76,7 +76,7 @@ def inspect(config: RunConfig, *, report: Path | None) -> Inspection:
         _check_apart(report, config.dataset, images)
     setup.survey(config, images, None, known=True)
     splits = setup.divide(config, images)
-    findings = gate.examine(images, splits)
+    findings = gate.examine(images, splits, setup.twin_rule(config))
     labels = [record.label for record in images.records]
     patients = [record.patient for record in images.records]
     table = SplitTable.of(labels, patients, splits, images.card.class_names)

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from wara.check import sheets
-from wara.check.content import COLUMNS, Content, rows_of
+from wara.check.content import COLUMNS, Content, rows_of, split_rows
 from wara.check.inspection import Inspection
 from wara.data.balance import SplitTable, table_lines
 from wara.data.splits import SPLITS
 from wara.deploy.document import Banner, Heading, Part, Picture, Table, Text, Tiles, as_html
 from wara.deploy.places import check_places
 from wara.errors import WaraError
+from wara.runs.pairs import SHEET, TABLE, write_pairs
 from wara.storage import replacing_folder, write_csv, write_json, write_text
 
 PAGE = "report.html"
-_OF_A_REPORT = (PAGE, "check.json", "images.csv", "brightness.png")
+_OF_A_REPORT = (PAGE, "check.json", "images.csv", "brightness.png", TABLE, SHEET)
 _SHEET = re.compile(r"class_\d+\.png")
 _DRAWN = "SYNTHETIC: these images were drawn by code. Nothing here is about patients."
 _MOST_COPIES = 200
@@ -59,6 +60,10 @@ def write(folder: Path, found: Inspection, content: Content, *, per_class: int) 
         drawn = _draw(new, found, per_class)
         write_json(new / "check.json", content)
         write_csv(new / "images.csv", COLUMNS, rows_of(found))
+        if found.images is not None:
+            write_pairs(new, found.images, split_rows(found, found.images))
+            if (new / SHEET).is_file():
+                drawn[SHEET] = "Pictures that are there twice, side by side; the first 40 pairs"
         title = f"Check of {content.get('title') or content['dataset']}"
         write_text(new / PAGE, as_html(title, list(_parts(content, drawn)), new))
         names = {path.name for path in new.iterdir()}
@@ -97,7 +102,8 @@ def lines(content: Content) -> Iterator[str]:
         yield _pair("files", _files(content["files"]))
         for name, row in content["looks"].items():
             yield _pair("greys", f"{name}: {_look(row)}")
-        yield _pair("copies", f"{sum(len(same) - 1 for same in content['copies'])} exact")
+        exact = sum(len(same) - 1 for same in content["copies"])
+        yield _pair("copies", f"{exact} exact, {_near(content['near_duplicates'])}")
     for name in ("note", "warning"):
         for text in content[f"{name}s"]:
             yield _pair(name, text)
@@ -150,6 +156,9 @@ def _parts(content: Content, drawn: Mapping[str, str]) -> Iterator[Part]:
     yield from _files_table(content)
     yield from _looks_table(content, drawn)
     yield from _copies_table(content["copies"])
+    yield from _near_table(content["near_duplicates"])
+    if SHEET in drawn:
+        yield Picture(SHEET, drawn[SHEET])
     pictures = {file: caption for file, caption in drawn.items() if _SHEET.fullmatch(file)}
     if pictures:
         yield Heading("Some images of each class")
@@ -164,6 +173,9 @@ def _tiles(content: Content) -> Iterator[tuple[str, str, str]]:
     yield "Classes", str(len(content["looks"])), content["task"]
     copied = sum(len(same) - 1 for same in content["copies"])
     yield "Exact copies", f"{copied:,}", "of other images"
+    near = content["near_duplicates"]
+    if near["compared"]:
+        yield "Near-duplicates", f"{len(near['pairs']):,}", f"pairs, {near['images']:,} images"
 
 
 def _refused(faults: Sequence[Content]) -> Iterator[Part]:
@@ -266,3 +278,46 @@ def _copies_table(same: Sequence[Sequence[Content]]) -> Iterator[Part]:
     yield Table(("Group", "File", "Label", "Split"), rows)
     if len(same) > len(shown):
         yield Text(f"{len(same) - len(shown)} more groups are in check.json.")
+
+
+def _near(near: Content) -> str:
+    if not near["compared"]:
+        return "near-duplicates not looked for among drawn images"
+    across, other = near["across_splits"], near["other_labels"]
+    return (
+        f"{len(near['pairs'])} near-duplicate pairs ({across} across splits, "
+        f"{other} with different labels)"
+    )
+
+
+def _near_table(near: Content) -> Iterator[Part]:
+    pairs = near["pairs"]
+    if not pairs:
+        return
+    yield Heading("Near-duplicates")
+    yield Text(
+        f"{len(pairs)} pairs among {near['images']} images: {near['across_splits']} across splits, "
+        f"{near['other_labels']} with different labels."
+    )
+    # Those that tell of a wrong label or a leak come first.
+    shown = sorted(pairs, key=_harmless)[:_MOST_COPIES]
+    yield Table(
+        ("File", "Other file", "Labels", "Splits", "Correlation", "Turned"),
+        [
+            (a["file"], b["file"], _both(a["label"], b["label"]), _both(a["split"], b["split"]),
+             f"{pair['correlation']:.3f}", pair["mirrored"] or "–")
+            for pair in shown
+            for a, b in (pair["files"],)
+        ],
+    )  # fmt: skip
+    if len(pairs) > len(shown):
+        yield Text(f"{len(pairs) - len(shown)} more pairs are in {TABLE}.")
+
+
+def _harmless(pair: Content) -> tuple[bool, bool]:
+    a, b = pair["files"]
+    return a["label"] == b["label"], a["split"] == b["split"]
+
+
+def _both(one: str, other: str) -> str:
+    return one if one == other else f"{one}, {other}"

@@ -132,6 +132,13 @@ class DataConfig(Section):
     split_seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the split, apart from the run's seed."
     )
+    near_duplicates: Literal["group", "ignore"] = Field(
+        "group",
+        description="One picture in other formats, sizes or marks: group keeps it in one split.",
+    )
+    allow_duplicates: bool = Field(
+        False, description="Let the same pixels lie in two splits that the data set brings."
+    )
     modality: Modality | None = Field(
         None, description="What images without a card show; null: not known, little is augmented."
     )

@@ -6,8 +6,8 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 import wara
+from wara.data.likeness import Pair, Signature, sign
 from wara.dicom import DicomPicture
 from wara.errors import WaraError
 from wara.images import DECODING, Depth, Opened
@@ -45,6 +46,7 @@ class ImageFacts:
         windowed: whether a grey DICOM object says how it is shown.
         mean: of its greys, 0..255; of a 16-bit file the number as stored, 0..65535.
         std: their standard deviation, likewise.
+        signature: what the picture is known by again.
         inverted: whether 0 is white in such a 16-bit file.
     """
 
@@ -58,6 +60,7 @@ class ImageFacts:
     windowed: bool | None
     mean: float
     std: float
+    signature: Signature
     inverted: bool = False
 
     def greys(self, bits: int | None) -> tuple[float, float] | None:
@@ -75,14 +78,20 @@ class ImageFacts:
         return 255 - mean if self.inverted else mean, self.std * scale
 
 
-def file_facts(data: bytes, opened: Opened, shown: np.ndarray | None) -> ImageFacts:
+def file_facts(
+    data: bytes, opened: Opened, shown: np.ndarray | None, known: ImageFacts | None = None
+) -> ImageFacts:
     """Return the facts of a file.
 
     Args:
         data: the file.
         opened: the same, decoded.
         shown: as a picture, uint8 `[H, W, 3]`; None where its 16 bits are not decided yet.
+        known: facts from an earlier reading, which hold where the content is the same.
     """
+    sha256 = hashlib.sha256(data).hexdigest()
+    if known is not None and known.sha256 == sha256:
+        return known
     picture, inverted = opened.picture, False
     if isinstance(picture, DicomPicture):
         container, mode, bits = "DICOM", picture.photometric, picture.bits
@@ -95,30 +104,40 @@ def file_facts(data: bytes, opened: Opened, shown: np.ndarray | None) -> ImageFa
         inverted = picture.inverted
     if opened.depth is not None:
         assert not isinstance(picture, DicomPicture)
-        shape, (mean, std) = picture.pixels.shape, _stored_statistics(picture.pixels)
+        # As they are stored: what is kept must not depend on bits that are declared later.
+        pixels = picture.pixels
+        mean, std = _stored_statistics(pixels)
     else:
         assert shown is not None
-        shape, (mean, std) = shown.shape, grey_statistics(shown)
+        pixels = shown
+        mean, std = grey_statistics(shown)
     return ImageFacts(
-        sha256=hashlib.sha256(data).hexdigest(),
-        container=container, mode=mode, height=shape[0], width=shape[1], bits=bits,
-        depth=opened.depth, windowed=opened.windowed, mean=mean, std=std, inverted=inverted,
+        sha256=sha256, container=container, mode=mode, height=pixels.shape[0],
+        width=pixels.shape[1], bits=bits, depth=opened.depth, windowed=opened.windowed, mean=mean,
+        std=std, signature=sign(pixels, inverted=inverted), inverted=inverted,
     )  # fmt: skip
 
 
-def array_facts(stored: np.ndarray) -> ImageFacts:
-    """Return the facts of an image in an array, uint8 `[h, w]` or `[h, w, 3]`.
+def array_facts(stored: np.ndarray, known: ImageFacts | None = None) -> ImageFacts:
+    """Return the facts of an image in an array.
 
     The hash is that of shape and pixels.
+
+    Args:
+        stored: uint8 `[h, w]` or `[h, w, 3]`.
+        known: facts from an earlier reading, which hold where the content is the same.
     """
     stored = np.ascontiguousarray(stored)
     digest = hashlib.sha256(repr(stored.shape).encode())
     digest.update(stored.tobytes())
+    sha256 = digest.hexdigest()
+    if known is not None and known.sha256 == sha256:
+        return known
     mean, std = grey_statistics(stored)
     return ImageFacts(
-        sha256=digest.hexdigest(), container="array", mode="L" if stored.ndim == 2 else "RGB",
+        sha256=sha256, container="array", mode="L" if stored.ndim == 2 else "RGB",
         height=stored.shape[0], width=stored.shape[1], bits=8, depth=None, windowed=None,
-        mean=mean, std=std,
+        mean=mean, std=std, signature=sign(stored),
     )  # fmt: skip
 
 
@@ -148,6 +167,8 @@ def _of_counts(counts: np.ndarray) -> tuple[float, float]:
 class _Content:
     code: str
     files: dict[str, tuple[Stamp, ImageFacts]]
+    pairs_of: str = ""
+    pairs: list[Pair] = field(default_factory=list)
 
 
 _CONTENT = TypeAdapter(_Content)
@@ -174,12 +195,13 @@ class FactCache:
         self.path = folder / f"{key[:24]}.json"
         self._before = self._read()
         self._found: dict[str, tuple[Stamp, ImageFacts]] = {}
+        self._pairs = self._before.pairs_of, self._before.pairs
         self._started = time.time()
 
     def known(self, index: int) -> ImageFacts | None:
         """Return what was found of a file that has not changed since; else None."""
         name = self.names[index]
-        kept = self._before.get(name)
+        kept = self._before.files.get(name)
         if kept is None or kept[0] != stamp_of(name):
             return None
         self._found[name] = kept
@@ -200,26 +222,60 @@ class FactCache:
             return  # another change within the same step of the clock would not show
         self._found[name] = before, facts
 
+    def pairs(self, key: str) -> list[Pair] | None:
+        """Return the near-duplicates among pictures; None where these are not the ones kept.
+
+        Args:
+            key: see `pairs_key`.
+        """
+        return self._pairs[1] if self._pairs[0] == key else None
+
+    def keep_pairs(self, key: str, pairs: list[Pair]) -> None:
+        """Keep and write the near-duplicates of a set, in place of those of an earlier state.
+
+        Args:
+            key: see `pairs_key`.
+            pairs: of it.
+        """
+        self._pairs = key, pairs
+        self.save()
+
     def save(self) -> None:
         """Write what is known now, of the files of this set only, in one step."""
-        if self._found == self._before:
+        content = _Content(_code(), self._found, *self._pairs)
+        if content == self._before:
             return
         try:
-            body = _CONTENT.dump_json(_Content(_code(), self._found))
+            body = _CONTENT.dump_json(content)
             write_bytes(self.path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
         except (WaraError, ValueError):
             # No place to write, or a name that is no UTF-8: the next check reads the files again.
             return
+        self._before = _Content(content.code, dict(content.files), *self._pairs)
 
-    def _read(self) -> Mapping[str, tuple[Stamp, ImageFacts]]:
+    def _read(self) -> _Content:
+        none = _Content(_code(), {})
         try:
             digest, _, body = self.path.read_bytes().partition(b"\n")
             if hashlib.sha256(body).hexdigest().encode() != digest:
-                return {}
+                return none
             content = _CONTENT.validate_json(body)
         except (OSError, ValidationError):
-            return {}
-        return content.files if content.code == _code() else {}
+            return none
+        return content if content.code == none.code else none
+
+
+def pairs_key(signatures: Sequence[Signature | None]) -> str:
+    """Return what the near-duplicates of a set are known by: the SHA-256 of all its signatures.
+
+    Args:
+        signatures: of all records, in their order; None where a picture could not be read.
+    """
+    digest = hashlib.sha256()
+    for own in signatures:
+        digest.update(b"-" if own is None else own.pixels.encode() + own.thumbnail)
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def stamp_of(path: str | Path) -> Stamp | None:
@@ -235,4 +291,5 @@ def _code() -> str:
     """Hash of the code that finds the facts, and of what decodes for it."""
     package = Path(wara.__file__).parent
     sources = [package / name for name in (*DECODING, "images.py")]
-    return code_sha256([*sources, Path(__file__)], ("numpy", "pillow", "pydicom"))
+    sources += [Path(__file__), Path(__file__).with_name("likeness.py")]
+    return code_sha256(sources, ("numpy", "pillow", "pydicom"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from wara import storage
 from wara.data.balance import class_counts
 from wara.data.imageset import ImageSet, left_out_line
 from wara.data.splits import SPLITS, UNUSED, connected_groups, stratify
+from wara.data.twins import TwinRule, check_twins, listed, named, twin_keys
 from wara.errors import WaraError, WaraErrors
 
 SHOWN = 20
@@ -20,19 +21,25 @@ FAULT_FILE = "data_faults.txt"
 
 
 def assign_splits(
-    image_set: ImageSet, *, val_fraction: float, test_fraction: float, seed: int
+    image_set: ImageSet,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    near: str = "group",
 ) -> list[str]:
     """Give every record a split: the source's own, or a stratified and grouped one.
 
-    Images of one patient and byte-identical files stay together. Where the source tells training
-    and test images apart but names no validation images (or no test images), they are taken out
-    of its training images; the fraction is then one of those.
+    Images of one patient, of the same pixels and near-duplicates stay together. Where the source
+    tells training and test images apart but names no validation images (or no test images), they
+    are taken out of its training images; the fraction is then one of those.
 
     Args:
         image_set: the data.
         val_fraction: share of the validation split.
         test_fraction: share of the test split.
         seed: decides among equally good splits.
+        near: `group` keeps near-duplicates together, `ignore` does not.
 
     Returns:
         "train", "val" or "test" per record.
@@ -51,13 +58,15 @@ def assign_splits(
     names = ["train", *missing]
     fractions = [1 - sum(wanted[split] for split in missing), *(wanted[s] for s in missing)]
     if pool:
-        parts = stratify(image_set.labels[pool], _groups(image_set, pool), fractions, seed)
+        parts = stratify(image_set.labels[pool], _groups(image_set, pool, near), fractions, seed)
         for index, part in zip(pool, parts, strict=True):
             given[index] = names[part]
     return [split or "train" for split in given]
 
 
-def thin(image_set: ImageSet, splits: Sequence[str], count: int, seed: int) -> list[str]:
+def thin(
+    image_set: ImageSet, splits: Sequence[str], count: int, seed: int, near: str = "group"
+) -> list[str]:
     """Take training images out until about `count` are left, each class by the same share.
 
     Images of one patient stay together, so that the number is met as nearly as they allow.
@@ -67,6 +76,7 @@ def thin(image_set: ImageSet, splits: Sequence[str], count: int, seed: int) -> l
         splits: "train", "val" or "test" per record.
         count: training images to keep.
         seed: decides which.
+        near: see `assign_splits`.
 
     Returns:
         The splits, with "unused" for what was taken out.
@@ -79,19 +89,18 @@ def thin(image_set: ImageSet, splits: Sequence[str], count: int, seed: int) -> l
         what = f"{count} training images wanted, {len(pool)} there"
         raise WaraError("config", what, "data.train_images", "lower it, or leave it out for all")
     share = count / len(pool)
-    parts = stratify(image_set.labels[pool], _groups(image_set, pool), (share, 1 - share), seed)
+    groups = _groups(image_set, pool, near)
+    parts = stratify(image_set.labels[pool], groups, (share, 1 - share), seed)
     thinned = list(splits)
     for index, part in zip(pool, parts, strict=True):
         thinned[index] = UNUSED if part else "train"
     return thinned
 
 
-def _groups(image_set: ImageSet, pool: Sequence[int]) -> np.ndarray:
-    """Number the groups of records that show one patient or are one file: int64 `[n]`."""
-    return connected_groups(
-        [image_set.records[index].patient for index in pool],
-        [image_set.sha256(index) for index in pool],
-    )
+def _groups(image_set: ImageSet, pool: Sequence[int], near: str) -> np.ndarray:
+    """Number the groups of records that show one patient or are one picture: int64 `[n]`."""
+    patients = [image_set.records[index].patient for index in pool]
+    return connected_groups(patients, *twin_keys(image_set, pool, near))
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,9 @@ class Findings:
         return [fault for faults in self.faults.values() for fault in faults]
 
 
-def examine(image_set: ImageSet, splits: Sequence[str]) -> Findings:
+def examine(
+    image_set: ImageSet, splits: Sequence[str], rule: TwinRule | None = None
+) -> Findings:
     """Look for everything that would make a number a lie; nothing is raised.
 
     Images are read if they have not been yet.
@@ -120,6 +131,7 @@ def examine(image_set: ImageSet, splits: Sequence[str]) -> Findings:
     Args:
         image_set: the data.
         splits: "train", "val" or "test" per record.
+        rule: of pictures that are there twice; None for the usual one.
     """
     faults = {
         "rows, files and folders that are no images of the set": list(image_set.faults),
@@ -128,7 +140,8 @@ def examine(image_set: ImageSet, splits: Sequence[str]) -> Findings:
     notes = list(image_set.notes)
     faults["classes and splits"] = _class_faults(image_set, splits, notes)
     faults["patients in several splits"] = _patient_faults(image_set, splits, notes)
-    faults["identical images in several splits"] = _duplicate_faults(image_set, splits, notes)
+    twins = check_twins(image_set, splits, rule or TwinRule(), notes)
+    faults["pictures that are there more than once"] = twins
     return Findings({about: found for about, found in faults.items() if found}, notes)
 
 
@@ -137,19 +150,22 @@ def check(
     splits: Sequence[str],
     *,
     report_dir: str | Path | None,
+    rule: TwinRule | None = None,
 ) -> list[str]:
     """Refuse data that cannot give a right number; return what the plan should mention.
 
     Refused: images that are missing or not readable (each one is decoded), rows and labels outside
     the card, classes without images at all or in training, a patient in two splits, an empty
-    training or validation split, a validation split of one class, and identical files in two
-    splits unless the source made the split.
+    training or validation split, a validation split of one class, the same pixels in two splits
+    unless the card of a published split tells of leaks or `rule` allows it, and near-duplicates
+    that would tie a large part of the set into one group.
 
     Args:
         image_set: the data.
         splits: "train", "val" or "test" per record.
         report_dir: folder for the list of all offenders, made and written only when there are
             more than the message shows; None to write nothing.
+        rule: of pictures that are there twice; None for the usual one.
 
     Returns:
         Notes, a line each.
@@ -158,7 +174,7 @@ def check(
         WaraErrors: kind "data"; the first 20 offenders, then where the rest is listed.
         WaraError: kind "storage" when that list is needed and cannot be written.
     """
-    found = examine(image_set, splits)
+    found = examine(image_set, splits, rule)
     if found.faults:
         rest = "correct the first ones and run again"
         if report_dir is not None and len(found.refused) > SHOWN:
@@ -235,7 +251,7 @@ def _class_faults(image_set: ImageSet, splits: Sequence[str], notes: list[str]) 
             WaraError(
                 "data",
                 "the validation split holds one class only, so that no metric can choose a model",
-                _named((image_set.records[i].file for i in np.flatnonzero(of_split["val"])), SHOWN),
+                named((image_set.records[i].file for i in np.flatnonzero(of_split["val"])), SHOWN),
                 "raise data.val_fraction, or split otherwise",
             )
         )
@@ -277,70 +293,10 @@ def _patient_faults(
     return [
         WaraError(
             "data",
-            f"patient '{patient}' is in {_listed(counts)}",
+            f"patient '{patient}' is in {listed(counts)}",
             image_set.origin,
             "move all images of a patient into one split",
         )
         for patient, counts in held.items()
         if len(counts) > 1
     ]
-
-
-def copies(image_set: ImageSet) -> list[list[int]]:
-    """Return the images that are there more than once: record numbers of each, in order."""
-    same: dict[str, list[int]] = defaultdict(list)
-    for index in range(len(image_set)):
-        digest = image_set.sha256(index)
-        if digest is not None:
-            same[digest].append(index)
-    return [indices for indices in same.values() if len(indices) > 1]
-
-
-def _listed(counts: Counter[str]) -> str:
-    return " and ".join(f"{split} ({counts[split]})" for split in SPLITS if counts[split])
-
-
-def _duplicate_faults(
-    image_set: ImageSet, splits: Sequence[str], notes: list[str]
-) -> list[WaraError]:
-    records = image_set.records
-    twins = copies(image_set)
-    faults: list[WaraError] = []
-    official = 0
-    for indices in twins:
-        if len({splits[index] for index in indices}) == 1:
-            continue
-        if all(records[index].split is not None for index in indices):
-            official += 1
-            continue
-        faults.append(
-            WaraError(
-                "data",
-                f"identical images in {_listed(Counter(splits[index] for index in indices))}",
-                _named(records[index].file for index in indices),
-                "keep one of them",
-            )
-        )
-    if twins:
-        notes.append(
-            f"exact copies of other images: {sum(len(indices) - 1 for indices in twins)}"
-            + (
-                f", {official} across splits, as the source has them: scores are optimistic"
-                if official
-                else ", kept in one split"
-            )
-        )
-    contradictory = [
-        indices for indices in twins if len({records[index].label for index in indices}) > 1
-    ]
-    if contradictory:
-        example = _named(records[index].file for index in contradictory[0])
-        notes.append(
-            f"identical images with different labels: {len(contradictory)} times, first {example}"
-        )
-    return faults
-
-
-def _named(files: Iterable[str], most: int = 3) -> str:
-    names = list(files)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from wara.cards import Card
-from wara.data.facts import FactCache, ImageFacts, array_facts, file_facts, stamp_of
+from wara.data.facts import FactCache, ImageFacts, array_facts, file_facts, pairs_key, stamp_of
+from wara.data.likeness import Pair, Signature, near_pairs
 from wara.errors import WaraError
 from wara.images import (
     Depth,
@@ -55,10 +56,12 @@ class Loaded:
     Args:
         array: resized, uint8 `[h, w, 3]`; None where that was not asked for, or not decided yet.
         facts: what else it tells.
+        where: its path; empty for images without a file.
     """
 
     array: np.ndarray | None
     facts: ImageFacts
+    where: str = ""
 
 
 class Reader(Protocol):
@@ -68,12 +71,14 @@ class Reader(Protocol):
         """Return image `index` as uint8 `[H, W, 3]`."""
 
     def load(
-        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window"
-    ) -> Loaded:
+        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window",
+        known: ImageFacts | None = None,
+    ) -> Loaded:  # fmt: skip
         """Return image `index` as `spec` wants it; the disk is touched once.
 
         Without `spec` the image is only checked, as `bits` and `greys` show it; without bits
-        16-bit files are not shown.
+        16-bit files are not shown. Facts that are `known` are not looked for again where the
+        content is the same.
         """
 
 
@@ -88,8 +93,9 @@ class FileReader:
         return read_image(self.paths[index], bits, greys)
 
     def load(
-        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window"
-    ) -> Loaded:
+        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window",
+        known: ImageFacts | None = None,
+    ) -> Loaded:  # fmt: skip
         """Return image `index` as `spec` wants it, and the facts of its file."""
         path = self.paths[index]
         data = read_bytes(path)
@@ -101,7 +107,7 @@ class FileReader:
         array = None
         if spec is not None and shown is not None:
             array = resize(shown, spec.size, spec.interpolation)
-        return Loaded(array, file_facts(data, opened, shown))
+        return Loaded(array, file_facts(data, opened, shown, known), str(path))
 
 
 class ArrayReader:
@@ -121,13 +127,14 @@ class ArrayReader:
         return stored if stored.ndim == 3 else np.repeat(stored[:, :, None], 3, axis=2)
 
     def load(
-        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window"
-    ) -> Loaded:
+        self, index: int, spec: ImageSpec | None, bits: int | None = None, greys: str = "window",
+        known: ImageFacts | None = None,
+    ) -> Loaded:  # fmt: skip
         """Return image `index` resized, and its facts."""
         array = None
         if spec is not None:
             array = resize(self.read(index), spec.size, spec.interpolation)
-        return Loaded(array, array_facts(self._stored(index)))
+        return Loaded(array, array_facts(self._stored(index), known))
 
 
 class ImageSet:
@@ -177,6 +184,8 @@ class ImageSet:
         self.greys: str = card.greys
         self.windows: Counter[bool] = Counter()
         self.facts: dict[int, ImageFacts] = {}
+        self._cache: FactCache | None = None
+        self._near: list[Pair] | None = None
         self._kept: np.ndarray | None = None
         self._filled = np.zeros(len(self.records), bool)
         self._kept_as: tuple[tuple[int, int], str] | None = None
@@ -262,6 +271,7 @@ class ImageSet:
             self.unreadable = tuple(fault for fault in found if isinstance(fault, WaraError))
             if cache is not None:
                 cache.save()
+            self._cache = cache
             facts = [self.facts[index] for index, fault in enumerate(found) if fault is None]
             self.windows = Counter(one.windowed for one in facts if one.windowed is not None)
             self._notes_on_pixels([one.depth for one in facts if one.depth is not None])
@@ -305,6 +315,28 @@ class ImageSet:
         facts = self.facts.get(index)
         return facts.sha256 if facts is not None else None
 
+    def signature(self, index: int) -> Signature | None:
+        """Return what image `index` is known by again; None when it cannot be read or was drawn."""
+        if self.unreadable is None:
+            self.survey()
+        facts = self.facts.get(index)
+        return None if facts is None or self.synthetic else facts.signature
+
+    def near_pairs(self) -> list[Pair]:
+        """Return the near-duplicates of the set, see `likeness.near_pairs`; looked for once.
+
+        Images that were drawn are not compared: what they have in common is their code.
+        """
+        if self._near is None:
+            signatures = [self.signature(index) for index in range(len(self))]
+            key = pairs_key(signatures)
+            self._near = self._cache.pairs(key) if self._cache is not None else None
+            if self._near is None:
+                self._near = near_pairs(signatures)
+                if self._cache is not None:
+                    self._cache.keep_pairs(key, self._near)
+        return self._near
+
     def keep(self, spec: ImageSpec) -> bool:
         """Keep images in memory, once resized, if all of them fit into `MEMORY_LIMIT`.
 
@@ -343,8 +375,17 @@ class ImageSet:
     def _load(self, index: int, spec: ImageSpec | None) -> Loaded:
         if spec is not None:
             spec = replace(spec, bits=self.bits or spec.bits, greys=self.greys)
-        loaded = self.reader.load(index, spec, self.bits, self.greys)
-        self.facts[index] = loaded.facts
+        known = self.facts.get(index)
+        loaded = self.reader.load(index, spec, self.bits, self.greys, known)
+        known = self.facts.setdefault(index, loaded.facts)
+        if known.sha256 != loaded.facts.sha256:
+            # Splits, duplicates and the hash of the data were found for what it was.
+            raise WaraError(
+                "data",
+                "the image is not what it was when the data were checked",
+                loaded.where or self.records[index].file,
+                "let nothing write to the data while a run reads them, and start again",
+            )
         keeps = spec is not None and self._kept_as == (spec.size, spec.interpolation)
         if loaded.array is not None and keeps and self._kept is not None:
             self._kept[index] = loaded.array

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from wara import storage
 from wara.errors import WaraError, storage_error
+from wara.runs.pairs import SHEET, TABLE
 from wara.runs.report import FIGURES
 
 _LOCK = ".lock"
@@ -29,6 +30,7 @@ _INSIDE = {
 _OWN = _SIGNS | _INSIDE.keys() | {
     "splits.csv", "metrics.csv", "metrics.json", "predictions_val.csv", "predictions_test.csv",
     "report.md", "files.sha256", "wandb", "tensorboard",
+    TABLE, SHEET,
 }  # fmt: skip
 
 
@@ -47,6 +49,8 @@ class RunFolder:
     config = property(lambda self: self.path / "config.yaml")
     provenance = property(lambda self: self.path / "provenance.json")
     splits = property(lambda self: self.path / "splits.csv")
+    pairs = property(lambda self: self.path / TABLE)
+    pairs_sheet = property(lambda self: self.path / SHEET)
     curves = property(lambda self: self.path / "metrics.csv")
     metrics = property(lambda self: self.path / "metrics.json")
     adapter = property(lambda self: self.path / "adapter")

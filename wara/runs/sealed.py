@@ -21,10 +21,12 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 def sealed_files(run: RunFolder) -> Iterator[Path]:
     """Yield the files of a finished run, apart from its log and those of the loggers."""
-    yield from (run.config, run.provenance, run.splits, run.curves, run.metrics, run.report)
+    yield from (run.config, run.provenance, run.splits, run.pairs, run.curves, run.metrics)
+    yield run.report
     yield from (run.predictions("val"), run.predictions("test"))
     yield from (run.adapter / name for name in run.inside("adapter"))
     yield from (run.last, run.best)
+    yield from (path for path in (run.pairs_sheet,) if path.is_file())
     yield from (path for name in run.inside("plots") if (path := run.plots / name).is_file())
 
 

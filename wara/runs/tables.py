@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from wara.data.likeness import Pair
 from wara.data.splits import SPLITS, UNUSED
 from wara.errors import WaraError
 from wara.evaluation.predict import Predictions
@@ -62,6 +63,36 @@ def write_splits(
         (r.file, label_names(r.label, classes), _index(r.label), r.patient, r.split, r.sha256)
         for r in rows
     ]
+    _write(path, columns, cells, synthetic)
+
+
+def write_twins(
+    path: Path,
+    pairs: Sequence[Pair],
+    rows: Sequence[SplitRow],
+    *,
+    classes: Sequence[str],
+    synthetic: bool,
+) -> None:
+    """Write `near_duplicates.csv`: the pictures that are there twice, a pair per row.
+
+    Args:
+        path: of the table.
+        pairs: by the numbers of `rows`.
+        rows: of `splits.csv`.
+        classes: names of the outputs.
+        synthetic: whether the images were drawn.
+    """
+    columns = (
+        "file_a file_b kind distance correlation mirrored split_a split_b label_a label_b"
+    ).split()
+    cells = []
+    for pair in pairs:
+        a, b = rows[pair.first], rows[pair.second]
+        cells.append(
+            (a.file, b.file, pair.kind, pair.distance, pair.correlation, pair.mirrored, a.split,
+             b.split, label_names(a.label, classes), label_names(b.label, classes))
+        )  # fmt: skip
     _write(path, columns, cells, synthetic)
 
 

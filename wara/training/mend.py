@@ -10,6 +10,7 @@ from wara.adapters import load_adapter_state
 from wara.config import load_config
 from wara.errors import WaraError, WaraErrors
 from wara.runs.folder import RunFolder
+from wara.runs.pairs import write_pairs
 from wara.runs.records import ProvenanceFile, read_record
 from wara.runs.tables import write_curves, write_splits
 from wara.storage import file_sha256, temp_name, write_bytes
@@ -84,6 +85,7 @@ def _make(run: Prepared, folder: RunFolder, aside: RunFolder, pause: Callable[[]
     state = find_best(folder, last, run.identity)
     write_best(aside, progress.best_epoch, run.identity, state)
     write_splits(aside.splits, run.rows, classes=run.classes, synthetic=synthetic)
+    write_pairs(aside.path, run.images, run.rows)
     write_curves(aside.curves, progress.history, synthetic=synthetic)
     load_adapter_state(run.model, state)
     run.model.to(run.device.torch_name)

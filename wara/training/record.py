@@ -17,6 +17,7 @@ from wara.evaluation.predict import Predictions
 from wara.evaluation.split import Split
 from wara.runs.exact import sentences
 from wara.runs.folder import RunFolder
+from wara.runs.pairs import write_pairs
 from wara.runs.progress import Progress, Row
 from wara.runs.provenance import Provenance, collect, peak_memory_mb, recorded_memory
 from wara.runs.sealed import seal_run
@@ -142,6 +143,7 @@ class Record:
         write_config(folder.config, run)
         self.provenance.write()
         write_splits(folder.splits, run.rows, classes=run.classes, synthetic=synthetic)
+        write_pairs(folder.path, run.images, run.rows)
         self.console.log_to(folder.log)
 
     def _continue(self, last: Last | None) -> None:
@@ -349,6 +351,9 @@ def _facts_of(run: Prepared) -> dict[str, Any]:
             "images": len(images.records),
             "bits": images.bits,
             "greys": images.greys,
+            "near_duplicates": config.data.near_duplicates,
+            "near_pairs": None if images.synthetic else len(images.near_pairs()),
+            "allow_duplicates": config.data.allow_duplicates,
             "sha256": run.data_hash,
         },
         backbone={

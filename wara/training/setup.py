@@ -24,6 +24,7 @@ from wara.config import RunConfig
 from wara.data import appearance, gate, sources
 from wara.data.balance import SplitTable
 from wara.data.imageset import ImageSet
+from wara.data.twins import TwinRule
 from wara.errors import WaraError
 from wara.images import ImageSpec
 from wara.runs.provenance import data_sha256
@@ -222,7 +223,7 @@ def prepare(
     depth, shape = _trunk_of(model, config, backbone.img_size)
     survey(config, images, backbone.spec, known=known)
     splits = divide(config, images)
-    notes = gate.check(images, splits, report_dir=report_dir)
+    notes = gate.check(images, splits, report_dir=report_dir, rule=twin_rule(config))
     notes += appearance.warnings(images)
     labels = [record.label for record in images.records]
     patients = [record.patient for record in images.records]
@@ -316,10 +317,17 @@ def divide(config: RunConfig, images: ImageSet) -> list[str]:
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
         seed=data.split_seed,
+        near=data.near_duplicates,
     )
     if data.train_images is not None:
-        splits = gate.thin(images, splits, data.train_images, data.split_seed)
+        seed, near = data.split_seed, data.near_duplicates
+        splits = gate.thin(images, splits, data.train_images, seed, near)
     return splits
+
+
+def twin_rule(config: RunConfig) -> TwinRule:
+    """Return what a config says of pictures that are there twice."""
+    return TwinRule(config.data.near_duplicates, config.data.allow_duplicates)
 
 
 def _model(config: RunConfig, images: ImageSet) -> tuple[nn.Module, BackboneInfo]:
