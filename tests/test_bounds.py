@@ -133,7 +133,7 @@ def test_every_flag_that_is_a_number_has_bounds() -> None:
                 reader(word)
             assert caught.value.exit_code == 2 and len(str(caught.value)) < 200
             assert action.option_strings[0] in str(caught.value)
-    assert len(names) == 11, names
+    assert len(names) == 12, names
 
 
 def test_bounds_of_flags_themselves_are_taken() -> None:

@@ -243,7 +243,7 @@ def test_a_budget_beyond_an_option_is_refused_and_the_largest_named(name: str) -
     model.patch_embed = nn.Module()
     model.patch_embed.grid_size, model.num_prefix_tokens = (4, 4), 1
     method = METHODS[name](targets=("[0]",))
-    if name != "vera":
+    if name not in ("vera", "fact_tt"):
         fitted, wanted, got = fit(method, model, 10**9)
         assert got < wanted and got == fit(method, model, 2 * 10**9)[2]
         return

@@ -84,8 +84,9 @@ def test_what_differs_is_named_before_training(
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("adapter/adapter_model.safetensors", "gone or altered"), ("splits.csv", "gone or altered"),
-     ("near_duplicates.csv", "gone or altered"), ("near_duplicates.png", "gone or altered"),
+    [*((name, "gone, or changed since") for name in (
+        "adapter/adapter_model.safetensors", "splits.csv", "near_duplicates.csv",
+        "near_duplicates.png")),
      ("files.sha256", "the list of the run's files")],
 )  # fmt: skip
 def test_a_folder_that_is_not_whole_is_refused(

@@ -278,7 +278,7 @@ def test_a_file_that_the_system_does_not_give_is_a_fault_of_storage(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", fail)
+        patch.setattr("wara.backbones.reading.open_regular", fail)
         said = refusal(path)
     assert said.exit_code == 5 and error.strerror in str(said) and str(path) in str(said)
     reader = "load_file" if format == "safetensors" else "torch.load"

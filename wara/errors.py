@@ -23,10 +23,11 @@ LONGEST = 6000
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
-# As torch, onnxruntime, C++, NumPy and pydicom have it, in small letters.
+# As torch, onnxruntime, C++, NumPy, pydicom and the loader of libraries have it, in small letters.
 _NO_MEMORY = (
     "can't allocate memory", "cannot allocate", "failed to allocate memory", "unable to allocate",
-    "not enough memory", "out of memory", "bad_alloc", "memoryerror", "cublas_status_alloc_failed",
+    "not enough memory", "out of memory", "failed to map segment", "bad_alloc", "memoryerror",
+    "cublas_status_alloc_failed",
 )  # fmt: skip
 PEER_LOST = "contact with another training process was lost"
 _PEER = re.compile(r"\bgloo/|Connection closed by peer|Connection reset by peer")
@@ -120,8 +121,11 @@ def out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # These may quote a name or a cell that somebody wrote.
+    if isinstance(error, ValueError | LookupError | TypeError):
+        return False
     return any(text in str(error).lower() for text in _NO_MEMORY)
 
 

@@ -333,10 +333,10 @@ def test_what_the_machine_lacks_is_not_a_damaged_image(
     path = tmp_path / "a.png"
     path.write_bytes(encode(Image.fromarray(GREY), "PNG"))
 
-    def fails(_: Path) -> bytes:
+    def fails(_: Path) -> None:
         raise OSError(number, "as the machine says")
 
-    monkeypatch.setattr(images.Path, "read_bytes", fails)
+    monkeypatch.setattr(images, "open_regular", fails)
     with pytest.raises(WaraError) as caught:
         read_image(path)
     assert caught.value.kind == wanted and "damaged" not in str(caught.value)

@@ -20,7 +20,7 @@ MOMENTS = {
     "data check": "wara.data.imageset:ImageSet:survey",
     "first epoch": "wara.training.task:FineTuning:training_step",
     "validation": "wara.training.task:FineTuning:validation_step",
-    "evaluation": "wara.training.run:evaluate_split",
+    "evaluation": "wara.training.judge:evaluate_split",
     "results": "wara.runs.results:write_results",
     "cache fill": "wara.training.cache:TrunkCache:_check_room",
 }

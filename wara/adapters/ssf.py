@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from wara.adapters.base import AdapterLayer, LinearAdapter, Method, options, plain_linear
 from wara.adapters.baselines import NORMS
 from wara.adapters.bypass import chosen_blocks
-from wara.adapters.targets import ALIASES, Numbers
+from wara.adapters.targets import ALIASES, WhichBlocks
 from wara.vit import block_names
 
 LINEARS = frozenset(name for names in ALIASES.values() for name in names)
@@ -110,7 +110,7 @@ class SSF(Method):
     # That of bitfit, whose shifts move as much as these.
     rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
 
-    blocks: str | int | Numbers = Field(
+    blocks: WhichBlocks = Field(
         "all", description="Blocks that are adapted: all, last_N, or numbers from 0."
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import nn
 
 from wara.adapters.base import (
@@ -45,6 +45,17 @@ _MOST_BLOCK = 9999
 
 Blocks = str | int | Sequence[int]
 Numbers = Annotated[tuple[int, ...], from_list]
+
+
+def _plausible(blocks: str | int | tuple[int, ...]) -> str | int | tuple[int, ...]:
+    numbers = () if isinstance(blocks, str) else (blocks,) if isinstance(blocks, int) else blocks
+    if any(not 0 <= number <= _MOST_BLOCK for number in numbers):
+        raise fault(f"no model has such a block, of 0 to {_MOST_BLOCK}", "count blocks from 0")
+    return blocks
+
+
+WhichBlocks = Annotated[str | int | Numbers, AfterValidator(_plausible)]
+"""Which blocks of a model, as a field of options: see `block_indices`."""
 
 
 @dataclass(frozen=True)
@@ -242,20 +253,12 @@ def parse_budget(text: str | float) -> float:
 class SizedMethod(Method):
     """A method that acts in some of the blocks, and whose size a budget can set."""
 
-    blocks: str | int | Numbers = Field(
+    blocks: WhichBlocks = Field(
         "all", description="Blocks that are adapted: all, last_N, or numbers from 0."
     )
     budget: str | float | None = Field(
         None, description="Size instead of the method's own, as lora_r4 or 0.8*lora_r1."
     )
-
-    @field_validator("blocks")
-    @classmethod
-    def _plausible(cls, value: str | int | tuple[int, ...]) -> str | int | tuple[int, ...]:
-        numbers = () if isinstance(value, str) else (value,) if isinstance(value, int) else value
-        if any(not 0 <= number <= _MOST_BLOCK for number in numbers):
-            raise fault(f"no model has such a block, of 0 to {_MOST_BLOCK}", "count blocks from 0")
-        return value
 
     @field_validator("budget")
     @classmethod

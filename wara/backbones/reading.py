@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from wara.errors import WaraError
-from wara.storage import open_regular
+from wara.storage import NotRegular, open_regular
 
 _ORIGINAL = "copy the file again from its origin"
 _STATE = "ask its maker for the state dict alone, as .safetensors"
@@ -116,6 +116,9 @@ def read_checkpoint(path: Path) -> Any:
     try:
         with open_regular(path) as file:
             start = file.read(32)
+    except NotRegular as error:
+        what = "the weights are no regular file"
+        raise WaraError("artefact", what, str(path), _ORIGINAL) from error
     except OSError as error:
         raise _unreadable(error, path) from error
     # A safetensors file starts with the length of its JSON header, in 8 bytes.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from wara.deploy.verbs import Verb
 from wara.errors import WaraError, suggest
+from wara.flags import whole
 
 if TYPE_CHECKING:
     from wara.config import RunConfig
@@ -40,13 +41,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="change one key of the config; may be repeated")  # fmt: skip
     add("--report", type=Path, metavar="DIR", help="folder for the page, the tables and the sheets")
     add("--overwrite", action="store_true", help="replace an earlier report in that folder")
-    add("--images", type=int, default=12, metavar="N",
+    add("--images", type=whole("--images", 1, 10_000), default=12, metavar="N",
         help="images of each class on its contact sheet (default: %(default)s)")  # fmt: skip
 
 
 def _check(read_config: ReadConfig, arguments: argparse.Namespace) -> None:
-    if arguments.images < 1:
-        raise WaraError("usage", f"--images is {arguments.images}", "", "give at least 1")
     if arguments.overwrite and arguments.report is None:
         remedy = "name the folder with --report"
         raise WaraError("usage", "--overwrite without a report", "", remedy)

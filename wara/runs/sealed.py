@@ -88,8 +88,8 @@ def _list_of(run: RunFolder) -> dict[str, str]:
 
 def _check(run: RunFolder, files: Mapping[str, str]) -> None:
     for name in altered(run, files):
-        remedy = "make it again with --resume"
-        raise WaraError("artefact", "gone or altered", str(run.path / name), remedy)
+        what, remedy = "gone, or changed since the run ended", "make it again with --resume"
+        raise WaraError("artefact", what, str(run.path / name), remedy)
 
 
 def _sha256(path: Path) -> str | None:
