@@ -60,7 +60,7 @@ class Shelf:
         """Return the images of a config; they are read once in this process."""
         data = config.data
         shared = [config.dataset, config.offline, data.cache, data.images, data.modality]
-        shared += [data.bits, data.greys]
+        shared += [data.bits, data.greys, data.root]
         key = json.dumps(shared)
         # What is drawn follows from the seed of the split; each split has images of its own.
         drawn = f"{key} {data.split_seed}"

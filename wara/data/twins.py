@@ -108,7 +108,7 @@ def check_twins(
         text += f", {across} across splits ({why}): scores are optimistic"
     else:
         text += ", none across splits"
-    notes.append(f"{text}; near_duplicates.csv lists them")
+    notes.append(f"{text}; near_duplicates.csv of a run or a report lists them")
     unlike = [pair for pair in pairs if records[pair.first].label != records[pair.second].label]
     if unlike:
         example = named(records[index].file for index in (unlike[0].first, unlike[0].second))
