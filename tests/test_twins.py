@@ -213,7 +213,7 @@ def test_near_duplicates_stay_together_unless_ignored(tmp_path, kind):
     assert torn(splits) == 0
     notes = check(images, splits, report_dir=None)
     text = "near-duplicates: 20 pairs among 40 images, none across splits"
-    assert f"{text}; near_duplicates.csv lists them" in notes
+    assert f"{text}; near_duplicates.csv of a run or a report lists them" in notes
     loose = assign_splits(images, **FRACTIONS, near="ignore")
     apart = torn(loose)
     assert apart > 5
