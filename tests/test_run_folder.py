@@ -371,7 +371,7 @@ def test_data_hash_sees_every_cell() -> None:
 
 def test_provenance_is_json() -> None:
     record = collect(
-        command=["train.py"], seed=1, data={}, backbone={}, budget=None, device="cpu",
+        command=["train.py"], seed=1, data={}, backbone={}, budget=None, trunk=None, device="cpu",
         accelerator="cpu", precision="32-true", processes=1,
     )  # fmt: skip
     assert json.loads(json.dumps(record)) == record

@@ -183,6 +183,8 @@ def test_resumed_from_the_cache_is_bit_identical(
     assert adapter_bytes(whole) == adapter_bytes(halved)
     for name in ("predictions_val.csv", "predictions_test.csv"):
         assert (whole / name).read_bytes() == (halved / name).read_bytes(), name
+    told = [json.loads((path / "provenance.json").read_text())["trunk"] for path in (whole, halved)]
+    assert told[0] == told[1] and (tmp_path / "cache/trunk" / told[0]["key"]).is_dir()
     curves = [rows_of(path / "metrics.csv") for path in (whole, halved)]
     assert [{**row, "seconds": ""} for row in curves[0]] == [
         {**row, "seconds": ""} for row in curves[1]

@@ -126,6 +126,7 @@ def collect(
     data: dict[str, Any],
     backbone: dict[str, Any],
     budget: dict[str, Any] | None,
+    trunk: dict[str, Any] | None,
     device: str,
     accelerator: str,
     precision: str,
@@ -139,6 +140,7 @@ def collect(
         "data": data,
         "backbone": backbone,
         "budget": budget,
+        "trunk": trunk,
         "commit": commit(),
         **here(device=device, accelerator=accelerator, precision=precision, processes=processes),
     }
