@@ -31,7 +31,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         code = cli.main([
             "compare", "--cfg", str(config), "--datasets", f"{folder / 'data'},{second}",
             "--methods", "lora,waveft", "--seeds", "2", "--sweep-budget", "1,2",
-            "--sweep-train", "12,all", "--beside", "majority", "--out", str(out),
+            "--sweep-train", "12,all", "--beside", "majority", "--tune", "lr=3",
+            "--out", str(out),
         ])  # fmt: skip
     assert code == 0
     return out
@@ -62,6 +63,13 @@ def test_every_data_set_size_and_number_of_images_has_its_row(out: Path) -> None
         test = "\n".join(sorted(line["file"] for line in lines if line["split"] == "test"))
         tested.setdefault(record["dataset"], set()).add(test)
     assert all(len(found) == 1 for found in tested.values())
+
+
+def test_one_trial_of_each_row_of_each_data_set_is_taken(out: Path) -> None:
+    text = (out / "report.md").read_text()
+    trials = text[text.index("## Trials") : text.index("## Cells")].splitlines()
+    places = [line.split(" | ")[0] for line in trials if line.endswith("| taken |")]
+    assert len(places) == len(set(places)) == 16
 
 
 def test_figures_are_drawn_for_both_sweeps_and_for_the_ranks(out: Path) -> None:

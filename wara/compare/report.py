@@ -241,10 +241,10 @@ def _trials(results: Results) -> Iterator[Part]:
         words = trial.found.get("reason") or "no value"
         if value is not None:
             words = f"{trial.found['monitor']} {value:.4f}"
-        taken = next((r for r in results.records if r["row"] == trial.cell.row.label
-                      and r["split"] == trial.cell.split and r["seed"] == trial.cell.seed
-                      and r["lr"] == config.lr and r["weight_decay"] == config.weight_decay
-                      ), None)  # fmt: skip
+        own = next(line.records for line in results.lines if line.sized.row is trial.cell.row)
+        taken = any(r["split"] == trial.cell.split and r["seed"] == trial.cell.seed
+                    and r["lr"] == config.lr and r["weight_decay"] == config.weight_decay
+                    for r in own)  # fmt: skip
         rows.append([
             trial.cell.place, f"{config.lr:g}", f"{config.weight_decay:g}", words,
             "taken" if taken else "",
