@@ -219,7 +219,7 @@ def test_a_case_that_cannot_be_read_stops_it(bundle: Path, cases: Path, tmp_path
         (["--positive", "rouhg", "--sensitivity", "0.9"], "did you mean 'rough'?"),
         (["--positive", "rough"], "--positive alone sets no threshold"),
         (["--specificity", "1"], "no threshold reaches a specificity of 1.0 on local images"),
-        (["--sensitivity", "2"], "2.0 is no share"),
+        (["--sensitivity", "2"], "give a number from 0 to 1"),
     ],
 )
 def test_points_that_cannot_be_had(

@@ -16,12 +16,14 @@ from wara.signals import Stopped, StopSignals
     ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
 )
 def test_a_signal_outside_training_stops_at_once(signum: int, code: int) -> None:
+    outside = signal.signal(signum, signal.SIG_DFL)  # these tests may run under nohup
     before = signal.getsignal(signum)
     with pytest.raises(Stopped) as caught, StopSignals():
         os.kill(os.getpid(), signum)
         time.sleep(5)
     assert caught.value.code == code
     assert signal.getsignal(signum) is before
+    signal.signal(signum, outside)
 
 
 def send(signum: int, at: float, clock: list[float]) -> None:

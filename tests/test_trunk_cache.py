@@ -383,7 +383,7 @@ def test_a_cache_above_the_limit_is_refused_before_anything_is_written(tmp_path:
     error = refusal(config_of(tmp_path, data__cache_limit=1e-5))
     assert error.exit_code == 5 and error.where == "data.cache_limit"
     assert "0.1 MB, above 1e-05 GB" in error.what
-    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache/trunk").exists()
 
 
 def test_a_full_disk_is_told_before_the_fill(
