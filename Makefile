@@ -27,8 +27,9 @@ test: $(READY)
 	$(PYTEST)
 	$(MAKE) --no-print-directory lint
 
+# Kills and signals wait more than they compute; they have a target of their own.
 slow: $(READY)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --ignore tests/faults
 
 test-faults: $(READY)
 	$(PYTEST) tests/faults -m "slow or not slow" --faults full
