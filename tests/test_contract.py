@@ -167,7 +167,7 @@ def elsewhere(model: nn.Module, name: str) -> tuple[set[str], set[str]]:
     for path, module in model.named_modules():
         leaf, inside = path.rsplit(".", 1)[-1], path.startswith("blocks.")
         keys: list[str] = []
-        if name == "adaptformer" and leaf == "mlp":
+        if name == "adaptformer" and inside and leaf == "mlp":
             keys = bottleneck
         if name == "convpass" and inside and leaf in ("attn", "mlp"):
             keys = [*bottleneck, "conv.weight", "conv.bias"]

@@ -75,7 +75,7 @@ def test_two_processes_equal_one(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 def test_an_error_of_a_process_comes_back(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, devices=2, lr=1e30, lr_core=1e30, lr_head=1e30, clip_grad=None,
+    config = tiny_config(tmp_path, devices=2, lr=1e3, lr_core=1e3, lr_head=1e3, clip_grad=None,
                          warmup_epochs=0.0)  # fmt: skip
     with pytest.raises(WaraError) as caught:
         run(config, quiet=True)
