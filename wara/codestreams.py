@@ -6,6 +6,7 @@ for more work than its pixels explain, is refused before a decoder starts.
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def check_rle(data: bytes, planes: int, pixels: int, where: str) -> None:
     starts = [*offsets[:planes], len(data)]
     if count != planes or starts[0] < 64 or sorted(set(starts)) != starts:
         raise _refuse(f"RLE of {count} segments, {planes} are stated by the header", where)
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in itertools.pairwise(starts):
         # A run of two bytes gives at most 128, a literal less than its own length.
         if (last - first + 1) // 2 * 128 < pixels:
             raise _refuse("an RLE segment too short for its pixels", where)
