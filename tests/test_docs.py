@@ -94,6 +94,14 @@ def test_every_block_is_understood() -> None:
     assert {"make", "python"} <= programs
 
 
+CONFIG_OF_ONES_OWN = """
+dataset: {images}
+offline: error
+backbone: {{name: test_vit, weights: FILE.safetensors, img_size: 32}}
+adapter: {{method: wara, level: 1, rank: 2}}
+"""
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the placeholders of the docs stand for."""
@@ -104,6 +112,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_images(tmp_path / "path/to/images")
     make_weights(tmp_path / "FILE.safetensors")
     (tmp_path / "my_methods.py").write_text(custom_method())
+    for name in ("busi", "chest_xray"):
+        images = make_images(tmp_path / name, per_class=(20, 20, 20 if name == "busi" else 22))
+        (tmp_path / f"{name}.yaml").write_text(CONFIG_OF_ONES_OWN.format(images=images.name))
     yield tmp_path
     sys.modules.pop("my_methods", None)
 
@@ -193,7 +204,11 @@ class Parsed(Exception):
     """A script has taken its arguments."""
 
 
-OTHERS = [c for c in COMMANDS if not (trains(c[1]) or deploys(c[1]))]
+OTHERS = [
+    # The plan of four modalities takes as long as a whole file of tests.
+    pytest.param(*c, marks=pytest.mark.slow if "chest_xray_wara" in c[1] else ())
+    for c in COMMANDS if not (trains(c[1]) or deploys(c[1]))
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("where", "words"), OTHERS)

@@ -39,7 +39,6 @@ exit codes:
 """
 
 INTERRUPTED = 130
-STOPPED = (INTERRUPTED, 143)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """Be the `wara` command: run it, and end the process with its exit code.
 
-    Once it was asked to stop, no further signal disturbs the end of the interpreter.
+    Once the command has ended, no signal disturbs the end of the interpreter.
 
     Args:
         argv: see `main`.
@@ -77,8 +76,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     stop = StopSignals()
     stop.__enter__()  # for good
     code = main(argv)
-    if code in STOPPED:
-        stop.ignore()
+    stop.ignore()
     sys.exit(code)
 
 
