@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -432,6 +433,14 @@ def test_without_file_and_network_offline_error_names_the_path(tmp_path):
     assert not (tmp_path / "cache").exists()  # nothing half-made is left behind
     with pytest.raises(WaraError, match="is not there"):
         open_("mini_ddsm", tmp_path, offline="phantom")  # no phantoms of that modality
+
+
+def test_reading_the_list_leaves_the_package_importable(monkeypatch):
+    """`import medmnist.info` afterwards finds the package, not our copy of one of its modules."""
+    monkeypatch.delitem(sys.modules, "medmnist.info")
+    medmnist_files._alone.cache_clear()
+    assert "retinamnist" in medmnist_files._package().INFO
+    assert "medmnist.info" not in sys.modules
 
 
 def test_fetching_is_atomic(tmp_path, monkeypatch, official):

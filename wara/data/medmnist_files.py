@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -67,18 +68,22 @@ def open_medmnist(card: Card, source: MedMNISTSource, cache: Path) -> ImageSet:
 def _package() -> ModuleType:
     """Return the module of the medmnist package that lists its files.
 
-    Alone, for the package as a whole imports scikit-learn, pandas and torchvision to say so.
+    Alone, for the package as a whole imports scikit-learn, pandas and torchvision to say so; and
+    not under its own name, for a later `import medmnist.info` would then find half a package.
     """
-    name = "medmnist.info"
-    if name not in sys.modules:
-        package = importlib.util.find_spec("medmnist")
-        assert package is not None and package.origin is not None
-        place = Path(package.origin).with_name("info.py")
-        spec = importlib.util.spec_from_file_location(name, place)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+    return sys.modules.get("medmnist.info") or _alone()
+
+
+@functools.cache
+def _alone() -> ModuleType:
+    package = importlib.util.find_spec("medmnist")
+    assert package is not None and package.origin is not None
+    place = Path(package.origin).with_name("info.py")
+    spec = importlib.util.spec_from_file_location("_medmnist_info", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _suffix(source: MedMNISTSource) -> str:
