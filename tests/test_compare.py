@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -149,6 +150,37 @@ def test_an_option_goes_over_where_it_means_the_same(
     config = tiny_config(tmp_path, adapter=given)
     assert with_method(config, name).adapter == method_from_options(name, other)
     assert with_method(config, given["method"]).adapter == config.adapter
+
+
+def test_a_method_stands_beside_itself_with_other_options(tmp_path: Path) -> None:
+    """An option of a row outranks that of the config; what is not set stays as it is there."""
+    config = tiny_config(tmp_path, adapter={"method": "wara", "level": 2, "blocks": "last_1"})
+    changed = with_method(config, "wara:wavelet=random:level=1").adapter
+    assert changed == dataclasses.replace(config.adapter, wavelet="random", level=1)
+    half = with_method(config, "waveft:scale=5:budget=0.5*lora_r1").adapter
+    assert half.options() | {"scale": 5.0, "budget": "0.5*lora_r1"} == half.options()
+    full = with_method(config, "wara:core=full", "lora_r1").adapter
+    assert full.options() | {"core": "full", "budget": "lora_r1"} == full.options()
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("wara:wavelet", "does not import"),
+        ("wara:level=2:wavelet", "'wavelet' in .* sets nothing"),
+        ("wara:level=", "'level=' in .* sets nothing"),
+        ("wara:level=2:level=3", "stands twice"),
+        ("wara:wavlet=db2", "wavlet.*--methods wara:wavlet=db2.*wavelet"),
+        ("wara:level=[", "--methods"),
+        ("wara:rank=3:budget=lora_r1", "budget"),
+    ],
+)
+def test_options_of_a_row_that_say_nothing_are_refused(
+    tmp_path: Path, method: str, words: str
+) -> None:
+    with pytest.raises(WaraError, match=words) as caught:
+        with_method(tiny_config(tmp_path), method)
+    assert caught.value.exit_code == 2
 
 
 def test_a_worker_reads_each_image_once(whole: Whole) -> None:

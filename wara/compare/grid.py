@@ -20,6 +20,7 @@ from wara.adapters.methods import (
 )
 from wara.config import RunConfig
 from wara.errors import WaraError, WaraErrors
+from wara.schema import parse_yaml
 
 MAJORITY = "majority"
 """The row of who looks at no image: every class as often as among the training images."""
@@ -64,7 +65,7 @@ class Request:
 
     Args:
         configs: loaded, one for each data set.
-        methods: names, in the order of the table.
+        methods: in the order of the table; see `variant_of`.
         seeds: of the runs.
         splits: how many splits, whose seeds count up from that of the config.
         out: folder of the comparison.
@@ -99,7 +100,7 @@ class Row:
 
     Args:
         config: of its runs, but for seed, split and folder.
-        method: its name, or `majority`.
+        method: as it was asked for, or `majority`.
         budget: of its adapter, where one was asked for.
         train: number of training images, where not all.
     """
@@ -212,7 +213,33 @@ def _with_train(config: RunConfig, train: int | None) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def with_method(config: RunConfig, name: str, budget: str | None = None) -> RunConfig:
+def variant_of(method: str) -> tuple[str, dict[str, Any]]:
+    """Return a method's name and the options that are set for its row alone.
+
+    Args:
+        method: `name`, or `name:option=value:…` with values as YAML has them, such as
+            `wara:wavelet=db2:level=2`; a name may itself be `package.module:Class`.
+
+    Raises:
+        WaraError: kind "usage" when a part is not of that form, or an option stands twice.
+    """
+    parts = method.split(":")
+    first = next((i for i, part in enumerate(parts) if "=" in part), len(parts))
+    options: dict[str, Any] = {}
+    for part in parts[first:]:
+        key, equals, raw = (word.strip() for word in part.partition("="))
+        if not (key and equals and raw) or key in options:
+            fault = "stands twice" if key in options else "sets nothing"
+            remedy = "write as in wara:wavelet=db2:level=2"
+            raise WaraError("usage", f"'{part}' in '{method}' {fault}", "--methods", remedy)
+        try:
+            options[key] = parse_yaml(raw)
+        except WaraError as error:
+            raise WaraError("usage", error.what, f"--methods {method}", error.remedy) from error
+    return ":".join(parts[:first]), options
+
+
+def with_method(config: RunConfig, method: str, budget: str | None = None) -> RunConfig:
     """Return a config with another method, and all else the same.
 
     Options that differ from the defaults of the config's own method go over to each method for
@@ -222,18 +249,26 @@ def with_method(config: RunConfig, name: str, budget: str | None = None) -> RunC
 
     Args:
         config: of some method.
-        name: of the wanted one.
+        method: the wanted one, see `variant_of`.
         budget: size of its adapter; None leaves that to the method and to the config.
 
     Raises:
         WaraError: kind "config" when there is no such method, an option does not fit it, or it has
             no size that a budget could set.
     """
+    name, own = variant_of(method)
     cls = find_method(name)
-    method = method_from_options(cls, _options(config.adapter, cls, budget))
+    try:
+        made = method_from_options(cls, _options(config.adapter, cls, budget) | own)
+    except WaraErrors as error:
+        if not own:
+            raise
+        raise WaraErrors(
+            [WaraError(e.kind, e.what, f"--methods {method}", e.remedy) for e in error.errors]
+        ) from error
     values = config.model_dump(mode="json")
-    values["adapter"] = section_of(method)
-    groups = list(method.learning_rates())
+    values["adapter"] = section_of(made)
+    groups = list(made.learning_rates())
     for group in ("core", "head"):
         if group not in groups[1:]:
             values[f"lr_{group}"] = None

@@ -43,7 +43,8 @@ def compare_verb(read_config: ReadConfig) -> Verb:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cfg", nargs="+", required=True, metavar="NAME|PATH", help="configs, one per data set")
-    add("--methods", required=True, metavar="A,B,…", help="methods (see `wara methods`)")
+    add("--methods", required=True, metavar="A,B,…",
+        help="methods (see `wara methods`); options as in wara:wavelet=db2:level=2")  # fmt: skip
     add("--datasets", metavar="A,B,…", help="data sets in place of the config's")
     add("--seeds", default="3", metavar="N|A,B,…", help="number of seeds, or seeds (default: 3)")
     splits, jobs = whole("--splits", 1, _MOST), whole("--jobs", 1, MOST_WORKERS)
