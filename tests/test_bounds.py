@@ -243,6 +243,7 @@ def test_free_memory_is_the_least_of_what_limits_it(tmp_path, monkeypatch) -> No
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer"),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("could not create a primitive"),
 ])  # fmt: skip
 def test_a_failed_allocation_is_a_lack_of_resources(error: Exception) -> None:
     assert as_refusal(error).exit_code == 7

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
 
-from wara.errors import WaraError
+from wara.errors import PEER_LOST, WaraError, as_refusal
 from wara.signals import Stopped, StopSignals
+from wara.training.processes import launch
 
 
 @pytest.mark.parametrize(
@@ -101,3 +103,59 @@ def test_a_stop_outranks_what_dies_of_it_but_no_refusal() -> None:
     assert caught.value.code == 143
     with pytest.raises(WaraError, match="full"), stop.outranking():
         raise WaraError("storage", "the disk is full")
+
+
+def test_a_stop_that_python_swallows_comes_a_moment_later(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a destructor or a hook of a fork raises is printed and dropped."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Struck:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(Stopped) as caught, StopSignals() as stop:
+        stop.check()
+        Struck()
+        assert stop.requested == signal.SIGTERM
+        time.sleep(5)
+    assert caught.value.code == 143 and not capsys.readouterr().err
+    assert sys.unraisablehook is sys.__unraisablehook__
+
+
+def test_what_else_python_swallows_is_told_as_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ZeroDivisionError
+
+    with StopSignals():
+        Broken()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+LATE = "import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15); "
+
+
+def test_a_signal_does_not_undo_what_processes_have_finished() -> None:
+    launch(LATE, {}, 1)
+    with pytest.raises(Stopped):
+        launch(LATE + "os._exit(143)", {}, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:589] Connection closed by peer",
+        "Application timeout caused pair closure",
+        "Timed out waiting 60000ms for recv operation to complete",
+    ],
+)
+def test_what_the_others_say_of_a_process_that_hangs(text: str) -> None:
+    refusal = as_refusal(RuntimeError(text))
+    assert refusal.exit_code == 7 and refusal.what == PEER_LOST

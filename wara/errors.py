@@ -27,10 +27,13 @@ _DISK = (*_FULL, errno.EROFS, errno.EIO)
 _NO_MEMORY = (
     "can't allocate memory", "cannot allocate", "failed to allocate memory", "unable to allocate",
     "not enough memory", "out of memory", "failed to map segment", "bad_alloc", "memoryerror",
-    "cublas_status_alloc_failed",
+    "cublas_status_alloc_failed", "could not create a memory object",
 )  # fmt: skip
 PEER_LOST = "contact with another training process was lost"
-_PEER = re.compile(r"\bgloo/|Connection closed by peer|Connection reset by peer")
+_PEER = re.compile(
+    r"\bgloo/|Connection closed by peer|Connection reset by peer"
+    r"|Application timeout caused pair closure|Timed out waiting \d+ms for (recv|send) operation"
+)
 
 
 class WaraError(Exception):
@@ -126,7 +129,10 @@ def out_of_memory(error: BaseException) -> bool:
     # These may quote a name or a cell that somebody wrote.
     if isinstance(error, ValueError | LookupError | TypeError):
         return False
-    return any(text in str(error).lower() for text in _NO_MEMORY)
+    said = str(error).lower()
+    # oneDNN says no more than this where it cannot allocate; a form that it does not have is
+    # "could not create a primitive descriptor".
+    return said.endswith("could not create a primitive") or any(t in said for t in _NO_MEMORY)
 
 
 def as_refusal(error: BaseException) -> WaraError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ HEEDED = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
 _SAME = 0.5  # seconds; `timeout` and control groups signal a process twice, and mean it once
+_SWALLOWED = 0.02  # seconds after which a stop that was swallowed is asked for again
 _LEAVING = 10.0  # seconds in which files are put in order, undisturbed
 
 
@@ -47,6 +49,8 @@ class StopSignals:
     `Stopped` once the current step is done. A second one never waits, if it comes half a second
     later or more. Once `Stopped` was raised, signals are ignored for ten seconds, so that the
     folder is left in order. With `patient = True` nothing is raised, and `times` is looked at.
+    Where Python swallows what is raised (in a destructor, around a fork), the stop comes a moment
+    later.
 
     SIGHUP stays ignored where it was (`nohup`). Outside the main thread, where Python does not
     allow handlers, the context does nothing.
@@ -57,6 +61,7 @@ class StopSignals:
         self.requested = self.times = 0
         self._noted = self._left = float("-inf")
         self._previous: dict[int, Any] = {}
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -65,6 +70,7 @@ class StopSignals:
                 if signum in (signal.SIGTERM, signal.SIGINT) or found != signal.SIG_IGN:
                     self._previous[signum] = found
                     signal.signal(signum, self._handle)
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +79,24 @@ class StopSignals:
             if isinstance(outer, StopSignals):  # a stop goes on where this context ends
                 outer._noted, outer._left = self._noted, self._left
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        if self._previous:
+            sys.unraisablehook = self._hook
         self._previous.clear()
+
+    def _swallowed(self, found: sys.UnraisableHookArgs) -> None:
+        if not isinstance(found.exc_value, Stopped):
+            self._hook(found)
+            return
+        signum = found.exc_value.signum
+        self._noted = self._left = float("-inf")
+
+        def again() -> None:
+            if self._previous:
+                signal.raise_signal(signum)
+
+        timer = threading.Timer(_SWALLOWED, again)
+        timer.daemon = True
+        timer.start()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()

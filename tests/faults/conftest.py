@@ -27,6 +27,7 @@ def whole(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Dropout, augmentation, accumulation with a short last window: everything that counts or draws.
     config = tiny_config(
         folder, accumulate=2, backbone__drop_path_rate=0.1, out=None,
+        backbone__mean=[0.5] * 3, backbone__std=[0.5] * 3,
         adapter={"method": "wara", "rank": 2, "level": 1, "dropout": 0.1},
     )  # fmt: skip
     (folder / "tiny.yaml").write_text(dump_config(config))
