@@ -231,6 +231,7 @@ for name, change in HOSTILE.items():
 """
 
 
+@pytest.mark.slow
 def test_a_refusal_takes_little(folder: Path) -> None:
     """Peak memory in a process of its own; processor time as a bound against hangs, not a speed."""
     root = Path(__file__).resolve().parents[1]

@@ -225,6 +225,7 @@ def test_unknown_preset_is_refused():
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_the_library_is_imported_late_and_does_not_call_out():
     code = (
         "import sys, socket\n"

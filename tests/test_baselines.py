@@ -254,6 +254,7 @@ def test_dropout_draws_and_deterministic_methods_do_not(name: str) -> None:
         assert torch.equal(noisy.eval()(x), noisy(x))
 
 
+@pytest.mark.slow
 @each
 def test_compiled_in_one_graph(name: str) -> None:
     model = wara.adapt(small_vit(), spec(name, targets=["q", "v", "fc1"], blocks="last_1"))

@@ -20,8 +20,10 @@ from compare_helpers import cells, compare, make_config, spawn, tables
 from training_helpers import make_images, tiny_config, with_twins
 
 from wara import cli
+from wara.adapters import method_from_options
 from wara.compare import cells as cells_module
 from wara.compare import worker
+from wara.compare.grid import with_method
 from wara.config import load_config
 from wara.data import imageset
 from wara.data.imageset import FileReader, ImageSet
@@ -112,6 +114,41 @@ def test_table_and_report_hold_what_the_runs_gave(whole: Whole) -> None:
     assert not re.search(r'(src|href)="(https?:|//)', page)
     for target in re.findall(r'href="([^"]+)"', page):
         assert (whole.out / target).is_file()
+
+
+# Config's method and options, another method, and what of its options is not at its default then.
+CARRIED: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"method": "waveft", "scale": 10.0}, "adaptformer", {}),
+    ({"method": "waveft", "scale": 10.0}, "convpass", {}),
+    ({"method": "waveft", "scale": 10.0}, "fact_tt", {}),
+    ({"method": "waveft", "scale": 10.0}, "shira", {}),  # whose rate is for a scale of 1
+    ({"method": "waveft", "k": 30, "seed": 7}, "shira", {"k": 30, "seed": 7}),
+    ({"method": "waveft", "seed": 7, "init": "gaussian"}, "fourierft", {}),
+    ({"method": "waveft", "seed": 7}, "apla", {}),
+    ({"method": "waveft", "wavelet": "db2"}, "wara", {}),
+    ({"method": "wara", "wavelet": "random", "seed": 5, "core": "full"}, "waveft", {}),
+    ({"method": "wara", "wavelet": "db2", "level": 2}, "tiny_wara", {"wavelet": "db2", "level": 2}),
+    ({"method": "wara", "prefix": "skip", "rank": 8}, "rank_conv", {"prefix": "skip", "rank": 8}),
+    ({"method": "lora", "rank": 8, "alpha": 4.0}, "loha", {"rank": 8, "alpha": 4.0}),
+    ({"method": "lora", "rank": 8}, "fact_tt", {}),
+    ({"method": "lora", "rank": 8}, "vera", {}),
+    ({"method": "lora", "dropout": 0.1}, "vera", {"dropout": 0.1}),
+    ({"method": "lora", "dropout": 0.1}, "vpt", {}),  # of entries of prompts
+    ({"method": "lora", "targets": ["q", "v"]}, "fact_tt", {"targets": ["q", "v"]}),
+    ({"method": "lora", "targets": ["q", "v"]}, "apla", {"targets": ["q", "v"]}),
+    ({"method": "adaptformer", "bottleneck": 5, "scale": 0.3, "dropout": 0.1}, "convpass", {}),
+    *[({"method": "wara", "blocks": "last_1"}, name, {"blocks": "last_1"})
+      for name in ("adaptformer", "convpass", "vpt", "ssf", "apla", "fact_tt", "fourierft")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "name", "other"), CARRIED)
+def test_an_option_goes_over_where_it_means_the_same(
+    tmp_path: Path, given: dict[str, Any], name: str, other: dict[str, Any]
+) -> None:
+    config = tiny_config(tmp_path, adapter=given)
+    assert with_method(config, name).adapter == method_from_options(name, other)
+    assert with_method(config, given["method"]).adapter == config.adapter
 
 
 def test_a_worker_reads_each_image_once(whole: Whole) -> None:
@@ -247,7 +284,7 @@ def test_another_config_in_the_folder_is_refused(
     assert tables(copy) == tables(whole.out)
 
 
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_and_started_again_gives_the_same_table(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:

@@ -221,8 +221,8 @@ class Parsed(Exception):
 
 
 OTHERS = [
-    # A plan of four data sets takes as long as a whole file of tests.
-    pytest.param(*c, marks=pytest.mark.slow if {"chest_xray_wara", BARS[0]} & set(c[1]) else ())
+    # Plans of comparisons measure a step of every row.
+    pytest.param(*c, marks=pytest.mark.slow if "compare" in c[1] else ())
     for c in COMMANDS if not (trains(c[1]) or deploys(c[1]))
 ]  # fmt: skip
 

@@ -471,6 +471,7 @@ def test_columns_and_bands() -> None:
 # -- labels that do not exclude each other ----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_labels_apart_are_evaluated_and_calibrated_one_by_one(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     from deploy_helpers import make_bundle

@@ -279,6 +279,7 @@ def test_tensors_of_something_else(saved):
     refuses_import(saved, "out.bias, which is no part of the classifier")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["whole", "block"])
 @pytest.mark.parametrize(
     "method",

@@ -51,6 +51,7 @@ def test_the_model_of_a_bundle_says_what_its_graph_says(bundle: Path) -> None:
     assert largest_difference(bundle) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -225,6 +226,7 @@ def margin(model: nn.Module, pixels: np.ndarray, heat: np.ndarray) -> float:
     return float(falls[0] - np.mean(falls[1:]))
 
 
+@pytest.mark.slow
 def test_removing_what_a_map_names_lowers_the_score_most(
     trained: tuple[nn.Module, np.ndarray],
 ) -> None:

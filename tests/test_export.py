@@ -36,10 +36,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "linear_probe", "full")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("lora", "linear_probe", "full", "tiny_wara")
+]
 
 
-@pytest.mark.parametrize("method", ["tiny_wara", "waveft", *SLOW])
+@pytest.mark.parametrize("method", ["waveft", *SLOW])
 def test_every_kind_of_method_is_exported(method: str, place: Path) -> None:
     """Weight-domain updates are merged, those of tokens are nodes; both say what the run said."""
     pytest.importorskip("onnxscript")
@@ -105,6 +108,7 @@ def test_rates_in_the_manifest_are_those_of_the_predictor(bundle: Path) -> None:
     assert np.mean(held) == pytest.approx(rates["coverage"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_int8_says_what_it_costs(bundle: Path, place: Path) -> None:
     out = export(bundle.parent / "run", place / "int8", Wish(int8=True), say=quiet)
     said = open_bundle(out).manifest
@@ -222,6 +226,7 @@ def test_an_existing_folder_is_not_replaced(bundle: Path, tmp_path: Path) -> Non
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_bundle(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +345,7 @@ def test_the_tensors_of_a_bundle_are_those_of_the_run(bundle: Path) -> None:
     assert all(torch.equal(found[name], own[name].float()) for name in own)
 
 
+@pytest.mark.slow
 def test_more_images_than_the_run_knew_are_no_matter(copy: Path, tmp_path: Path) -> None:
     """A folder that has grown since still holds the images of the run."""
     extra = make_images(tmp_path / "more", (1, 1, 1))

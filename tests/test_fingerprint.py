@@ -127,6 +127,7 @@ print(base_hash(eva(img_size=224)), base_hash(vit()))
 """
 
 
+@pytest.mark.slow
 def test_every_process_and_thread_count_agrees() -> None:
     outputs = set()
     for threads in ("1", "2"):

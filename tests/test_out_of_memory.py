@@ -58,7 +58,13 @@ def _curves(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "second batch of a step"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "backward",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("forward", "second batch of a step")),
+    ],
+)
 def test_the_loss_is_that_of_an_undisturbed_run(home: Path, tmp_path: Path, where: str) -> None:
     Memory.images, Memory.in_backward = 3, where != "forward"
     # The gradient of the first batch is kept while the second one is done over.
@@ -103,6 +109,7 @@ def test_a_gradient_in_parts_is_that_of_the_batch(home: Path, tmp_path: Path) ->
     assert max(float(g.abs().max()) for g in whole) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_parts_to_the_bit(home: Path, tmp_path: Path) -> None:
     """With dropout, and with more memory after the stop than before."""
     Memory.images = 3
@@ -133,6 +140,7 @@ def test_no_memory_for_one_image_is_refused(home: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_validation_and_prediction_are_halved_too(home: Path, tmp_path: Path) -> None:
     Memory.images, Memory.only_training = 3, False
     run(_config(home, tmp_path / "run"), quiet=True)

@@ -120,6 +120,7 @@ def test_an_option_without_a_sentence_is_printed(
     assert "  start: 1.0\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_installed_command_looks_where_the_user_is(own: str, tmp_path: Path) -> None:
     """As the script that pip writes: `sys.path` begins with the folder of the script."""
     script = tmp_path / "bin" / "wara"

@@ -153,6 +153,7 @@ def test_wheel_carries_configs_cards_and_weights(wheel):
     assert outside == {"wara"}
 
 
+@pytest.mark.slow
 def test_installed_package_finds_its_configs_from_any_folder(wheel, tmp_path):
     site = tmp_path / "site"
     # A wheel of pure Python unpacked is what pip installs.

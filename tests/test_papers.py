@@ -275,6 +275,7 @@ def test_stored_ranks_say_what_the_docs_say():
 # -- interpolation -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shira", "waveft"])
 def test_least_loss_of_a_sparse_update_is_that_of_dense_least_squares(name):
     tools, fit = script("paper_tools"), script("waveft_interpolation")
@@ -733,6 +734,7 @@ def make_run(folder: Path, name: str, **options) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_subbands_over_several_runs(tmp_path):
     subbands = script("wara_subbands")
     runs = [make_run(tmp_path, "one"), make_run(tmp_path, "three", core="full")]

@@ -63,7 +63,7 @@ def test_blocks_without_prefix_tokens() -> None:
         torch.testing.assert_close(frozen(model)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["wara full", "tiny_wara"])
+@pytest.mark.parametrize("method", ["wara full", pytest.param("tiny_wara", marks=pytest.mark.slow)])
 def test_onnx_of_any_batch_says_what_the_model_says(method: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     model = adapted(METHODS[method], img_size=(40, 56), reg_tokens=2)

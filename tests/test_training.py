@@ -472,9 +472,15 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+THROUGH_PEFT = {name for name, method in METHODS.items() if issubclass(method, PeftMethod)}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.slow if m in THROUGH_PEFT else ()) for m in METHODS],
+)
 def test_every_method_trains(tmp_path: Path, folder: Path, method: str) -> None:
-    if issubclass(METHODS[method], PeftMethod):
+    if method in THROUGH_PEFT:
         pytest.importorskip("peft")
     config = tiny_config(
         folder, out=str(tmp_path / "run"), epochs=1,

@@ -162,7 +162,7 @@ def test_epochs_take_the_views_in_turn_and_seeds_share_them() -> None:
     assert not np.array_equal(fresh(image, 0, 5), fresh(image, 2, 5))
 
 
-@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_resumed_from_the_cache_is_bit_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
@@ -305,7 +305,11 @@ def damage(trunk: TrunkCache, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "lost"),
-    [("a bit", 1), ("a checksum", 1), ("a hole", 1), ("cut", TRAIN), ("gone", TRAIN)],
+    [
+        ("a bit", 1), ("cut", TRAIN),
+        *(pytest.param(*other, marks=pytest.mark.slow)
+          for other in (("a checksum", 1), ("a hole", 1), ("gone", TRAIN))),
+    ],  # fmt: skip
 )
 def test_damage_is_found_and_mended(tmp_path: Path, how: str, lost: int) -> None:
     trunk = cache_of(one := prepared(tmp_path))

@@ -138,6 +138,7 @@ def test_a_file_cut_short_is_read_as_far_as_it_goes(joined: Path, tmp_path: Path
         epochs_in(cut)
 
 
+@pytest.mark.slow
 def test_an_epoch_lost_in_a_kill_is_made_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

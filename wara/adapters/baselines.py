@@ -17,7 +17,7 @@ from timm.layers import RmsNorm
 from torch import Tensor, nn
 
 from wara.adapters.base import LinearAdapter, Method, adapted_layers, options, require
-from wara.adapters.lora import DROPOUT, MOST_ALPHA, MOST_RANK, LowRankMethod, full_rank
+from wara.adapters.lora import MOST_ALPHA, MOST_RANK, InputDropout, LowRankMethod, full_rank
 from wara.adapters.peft_layers import (
     ADAPTER,
     AdaLoRALayer,
@@ -86,7 +86,7 @@ class PeftMethod(TargetedMethod):
 
 
 @options
-class DoRA(LowRankMethod, PeftMethod):
+class DoRA(InputDropout, LowRankMethod, PeftMethod):
     """DoRA (arXiv 2402.09353): LoRA for the direction of each row, a magnitude of its own."""
 
     name: ClassVar[str] = "dora"
@@ -94,8 +94,6 @@ class DoRA(LowRankMethod, PeftMethod):
     rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
     draws: ClassVar[bool] = True
     layer: ClassVar[type[PeftLayer]] = DoRALayer
-
-    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
     def config(self, peft: Any) -> Any:
         """Return PEFT's options, without targets."""
@@ -108,7 +106,7 @@ class DoRA(LowRankMethod, PeftMethod):
 
 
 @options
-class AdaLoRA(LowRankMethod, PeftMethod):
+class AdaLoRA(InputDropout, LowRankMethod, PeftMethod):
     """AdaLoRA (arXiv 2303.10512): `ΔW = B diag(e) A`; ranks go where they matter most.
 
     Every matrix starts at `init_rank`. As training goes on, the least important ranks of the whole
@@ -130,7 +128,6 @@ class AdaLoRA(LowRankMethod, PeftMethod):
         None, gt=0, le=MOST_ALPHA,
         description="The update is scaled by alpha / rank at the start; null: by 1.",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
     tinit: float = Field(0.1, ge=0, lt=1, description="Share of the steps before ranks fall.")
     tfinal: float = Field(0.3, ge=0, lt=1, description="Share of the steps after the last fall.")
     delta_t: int = Field(10, ge=1, le=1_000_000, description="Steps between two allocations.")
@@ -229,7 +226,7 @@ def _adalora_layers(model: nn.Module) -> list[AdaLoRALayer]:
 
 
 @options
-class VeRA(PeftMethod):
+class VeRA(InputDropout, PeftMethod):
     """VeRA (arXiv 2310.11454): `ΔW = diag(b) B diag(d) A` with `A`, `B` random, frozen and shared.
 
     One `A [r, max d]` and one `B [max o, r]` serve all layers, which take the part they need. Both
@@ -247,7 +244,6 @@ class VeRA(PeftMethod):
     d_initial: Annotated[float, NotZero] = Field(
         0.1, ge=-1e6, le=1e6, description="Value of d at the start; b starts at 0."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
     seed: int = Field(0, ge=0, lt=2**63, description="Draws the matrices, which are stored.")
 
     def check_matrices(self, shapes: list[tuple[int, int]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wara.adapters.base import AdapterLayer, options, require
-from wara.adapters.lora import DROPOUT, MOST_RANK
+from wara.adapters.lora import MOST_RANK
 from wara.adapters.targets import SizedMethod, block_indices
 from wara.errors import WaraError
 from wara.vit import block_names, prefix_count, token_layout
@@ -152,6 +152,7 @@ def _activated(z: Tensor) -> Tensor:
 
 
 BOTTLENECK = "Width of the bottleneck."
+DROPOUT = "Probability of dropping an entry of the bottleneck."
 
 
 @options

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wara.adapters.base import LinearAdapter, WeightDomainLayer, options, require
-from wara.adapters.lora import DROPOUT, MOST_RANK
+from wara.adapters.lora import MOST_RANK
 from wara.adapters.targets import Target, TargetedMethod
 from wara.schema import from_list
 
@@ -93,7 +93,9 @@ class FacT(TargetedMethod):
     )
     rank: int = Field(16, ge=1, le=MOST_RANK, description="Rank r of the tensor train.")
     scale: float = Field(1.0, gt=0, le=1e6, description="Factor s on the update.")
-    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Probability of dropping a number between Σ and V."
+    )
 
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target, all with the same `U` and `V`."""

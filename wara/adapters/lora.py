@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from wara.adapters.base import (
     AdapterLayer,
     LinearAdapter,
+    Method,
     WeightDomainLayer,
     options,
     require,
@@ -23,7 +24,6 @@ from wara.adapters.targets import Target, TargetedMethod
 MOST_RANK = 4096
 """A slip of the keyboard must not become an allocation."""
 MOST_ALPHA = 1e6
-DROPOUT = "Probability of dropping an input entry on the adapter's path."
 
 
 class LowRankLayer(LinearAdapter):
@@ -162,14 +162,21 @@ class LowRankMethod(TargetedMethod):
 
 
 @options
-class LoRA(LowRankMethod):
+class InputDropout(Method):
+    """The option of methods that drop entries of what their layers get, on the adapter's path."""
+
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Probability of dropping an input entry on the adapter's path."
+    )
+
+
+@options
+class LoRA(InputDropout, LowRankMethod):
     """Low-rank adaptation (arXiv 2106.09685): `W = W0 + (α/r) B A`."""
 
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "low-rank update of the weight; every token gets the same one"
     rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
-
-    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one `LoRALayer` per target."""

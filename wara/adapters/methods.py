@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
@@ -148,6 +149,28 @@ def class_key(cls: type[Method]) -> str:
         return cls.name
     path = f"{cls.__module__}:{cls.__qualname__}"
     return next((short for short, value in _offered().items() if value == path), path)
+
+
+def same_option(key: str, one: type[Method], other: type[Method]) -> bool:
+    """Tell whether an option means the same to two methods: one class declares it for both.
+
+    A class between may give it another default, or say it in other words. A name alone says
+    nothing: `scale` is a factor on wavelet coefficients here and on a bottleneck there.
+
+    Args:
+        key: name of the option.
+        one: a method.
+        other: another.
+    """
+    first = _declaring(key, one)
+    return first is not None and first is _declaring(key, other)
+
+
+def _declaring(key: str, cls: type[Method]) -> type | None:
+    """Return the class that brings an option in, `None` where there is no such option."""
+    if key not in fields_of(cls):
+        return None
+    return next((c for c in reversed(cls.__mro__) if key in inspect.get_annotations(c)), None)
 
 
 def unknown_option(cls: type[Method], place: Place) -> tuple[str, str]:

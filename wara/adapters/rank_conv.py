@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wara.adapters.base import LinearAdapter, TokenDomainLayer, options
-from wara.adapters.lora import DROPOUT, LowRankLayer, LowRankMethod
+from wara.adapters.lora import InputDropout, LowRankLayer
 from wara.adapters.targets import Target
-from wara.adapters.wara import PREFIX, PrefixRule
+from wara.adapters.wara import GridMethod
 from wara.errors import WaraError
 from wara.vit import prefix_count, token_layout
 
@@ -76,7 +75,7 @@ class RankConvLayer(LowRankLayer, TokenDomainLayer):
 
 
 @options
-class RankConv(LowRankMethod):
+class RankConv(InputDropout, GridMethod):
     """Low rank with a depth-wise 3 × 3 convolution of the token grid between the factors.
 
     The control for WaRA: a learned local mixing of tokens in place of the cores of subbands. The
@@ -87,10 +86,6 @@ class RankConv(LowRankMethod):
     name: ClassVar[str] = "rank_conv"
     summary: ClassVar[str] = "low-rank update with a learned 3x3 convolution between its factors"
     rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "core": 5e-2, "head": 2e-3}
-    mergeable: ClassVar[bool] = False
-
-    prefix: PrefixRule = Field("adapt", description=PREFIX)
-    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target."""

@@ -195,9 +195,6 @@ class SparseMethod(TargetedMethod):
     init: Literal["zero", "gaussian"] = Field(
         "zero", description="Start as the base model, or from N(0, 0.01²)."
     )
-    scale: Annotated[float, NotZero] = Field(
-        1.0, ge=-1e6, le=1e6, description="Factor λ on the update."
-    )
     seed: int = Field(0, ge=0, lt=2**63, description="Draws the places, which are stored.")
 
     @field_validator("k")
@@ -208,6 +205,11 @@ class SparseMethod(TargetedMethod):
             remedy = f"set 1 to {MOST_NUMBERS}, or null"
             raise fault(f"k is {value if value in each else list(value)}", remedy)
         return value
+
+    @property
+    def factor(self) -> float:
+        """The factor λ on the update: `scale`, which each method has as its own rate wants it."""
+        raise TypeError(f"{type(self).__name__} does not define factor")
 
     @property
     def transform(self) -> str | None:
@@ -258,7 +260,7 @@ class SparseMethod(TargetedMethod):
                 else draw_places(shape, count, self.seed)
                 for shape, count in pairs
             ]
-            layer = SparseLayer(target, drawn, scale=self.scale, wavelet=self.transform)
+            layer = SparseLayer(target, drawn, scale=self.factor, wavelet=self.transform)
             if self.init == "gaussian":
                 nn.init.normal_(layer.coefficients, std=GAUSSIAN)
             layers.append(layer)
@@ -293,6 +295,11 @@ class WaveFT(SparseMethod):
     )
 
     @property
+    def factor(self) -> float:
+        """The factor λ on the update."""
+        return self.scale
+
+    @property
     def transform(self) -> str | None:
         """Name of the wavelet."""
         return self.wavelet
@@ -305,3 +312,12 @@ class SHiRA(SparseMethod):
     name: ClassVar[str] = "shira"
     summary: ClassVar[str] = "a few entries of each weight train"
     rates: ClassVar[Mapping[str, float]] = {"adapter": 5e-2, "head": 2e-3}
+
+    scale: Annotated[float, NotZero] = Field(
+        1.0, ge=-1e6, le=1e6, description="Factor λ on the update."
+    )
+
+    @property
+    def factor(self) -> float:
+        """The factor λ on the update."""
+        return self.scale

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wara.adapters.base import AdapterLayer, LinearAdapter, Method, options, plain_linear
+from wara.adapters.base import AdapterLayer, LinearAdapter, options, plain_linear
 from wara.adapters.baselines import NORMS
 from wara.adapters.bypass import chosen_blocks
-from wara.adapters.targets import ALIASES, WhichBlocks
+from wara.adapters.targets import ALIASES, BlocksMethod
 from wara.vit import block_names
 
 LINEARS = frozenset(name for names in ALIASES.values() for name in names)
@@ -95,7 +94,7 @@ class ScaledModule(AdapterLayer):
 
 
 @options
-class SSF(Method):
+class SSF(BlocksMethod):
     """SSF (arXiv 2210.08823): `y = γ ⊙ f(x) + β` behind every operation `f` of the base.
 
     These are the patch embedding, each normalisation and linear layer of a block, and the last
@@ -109,10 +108,6 @@ class SSF(Method):
     summary: ClassVar[str] = "scale and shift behind every normalisation and linear layer"
     # That of bitfit, whose shifts move as much as these.
     rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
-
-    blocks: WhichBlocks = Field(
-        "all", description="Blocks that are adapted: all, last_N, or numbers from 0."
-    )
 
     def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
         """Return one layer per operation."""

@@ -250,12 +250,18 @@ def parse_budget(text: str | float) -> float:
 
 
 @options
-class SizedMethod(Method):
-    """A method that acts in some of the blocks, and whose size a budget can set."""
+class BlocksMethod(Method):
+    """A method that acts in some of the blocks."""
 
     blocks: WhichBlocks = Field(
         "all", description="Blocks that are adapted: all, last_N, or numbers from 0."
     )
+
+
+@options
+class SizedMethod(BlocksMethod):
+    """A method that acts in some of the blocks, and whose size a budget can set."""
+
     budget: str | float | None = Field(
         None, description="Size instead of the method's own, as lora_r4 or 0.8*lora_r1."
     )

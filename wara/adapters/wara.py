@@ -11,7 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from wara.adapters.base import LinearAdapter, TokenDomainLayer, is_skeleton, options, require
-from wara.adapters.lora import DROPOUT, MOST_RANK, LoRALayer, LowRankLayer, LowRankMethod
+from wara.adapters.lora import (
+    MOST_RANK,
+    InputDropout,
+    LoRALayer,
+    LowRankLayer,
+    LowRankMethod,
+)
 from wara.adapters.targets import Target
 from wara.errors import WaraError
 from wara.memory import check_memory
@@ -19,7 +25,6 @@ from wara.vit import prefix_count, token_layout
 from wara.wavelets import RANDOM, Boundary, GridTransformName, SubbandMixer
 
 PrefixRule = Literal["adapt", "skip"]
-PREFIX = "Class and register tokens: update without transform, or none."
 
 
 @dataclass(frozen=True)
@@ -222,17 +227,25 @@ def identity_cores(groups: int, subbands: int, rank: int, core: str) -> Tensor:
 
 
 @options
-class SubbandMethod(LowRankMethod):
-    """Options that WaRA and Tiny-WaRA share."""
+class GridMethod(LowRankMethod):
+    """Options of methods that mix the patch tokens over their grid, between two factors."""
 
     mergeable: ClassVar[bool] = False
+
+    prefix: PrefixRule = Field(
+        "adapt", description="Class and register tokens: update without transform, or none."
+    )
+
+
+@options
+class SubbandMethod(GridMethod):
+    """Options that WaRA and Tiny-WaRA share."""
 
     wavelet: GridTransformName = Field(
         "haar", description="A discrete wavelet of PyWavelets, or random: a control."
     )
     level: int = Field(1, ge=1, le=16, description="Levels of the transform; the grid bounds it.")
     boundary: Boundary = Field("symmetric", description="How the grid goes on past its border.")
-    prefix: PrefixRule = Field("adapt", description=PREFIX)
 
     seed: int = Field(
         0, ge=0, lt=2**63, description="Draws the matrix of wavelet: random from its own stream."
@@ -249,7 +262,7 @@ class SubbandMethod(LowRankMethod):
 
 
 @options
-class WaRA(SubbandMethod):
+class WaRA(InputDropout, SubbandMethod):
     """WaRA (arXiv 2506.24092 v2): one low-rank pair for all subbands, one core per subband.
 
     The cores are this project's reading, for only the abstract could be read; see docs/wara.md.
@@ -265,7 +278,6 @@ class WaRA(SubbandMethod):
     core: Literal["identity", "scalar", "diag", "full"] = Field(
         "diag", description="Form of the core K_s of a subband; identity is LoRA."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description=DROPOUT)
 
     def learning_rates(self) -> Mapping[str, float]:
         """Return `rates`, without that of the cores where these are fixed."""

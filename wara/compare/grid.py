@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from wara.adapters import Method
-from wara.adapters.methods import class_key, find_method, method_from_options, section_of
+from wara.adapters.methods import (
+    class_key,
+    find_method,
+    method_from_options,
+    same_option,
+    section_of,
+)
 from wara.config import RunConfig
 from wara.errors import WaraError, WaraErrors
-from wara.schema import fields_of
 
 MAJORITY = "majority"
 """The row of who looks at no image: every class as often as among the training images."""
@@ -210,8 +215,10 @@ def _with_train(config: RunConfig, train: int | None) -> RunConfig:
 def with_method(config: RunConfig, name: str, budget: str | None = None) -> RunConfig:
     """Return a config with another method, and all else the same.
 
-    Options that differ from the defaults of the config's own method (`blocks`, `targets`, a rank)
-    go over to each method that has them; so do rates that the config sets.
+    Options that differ from the defaults of the config's own method go over to each method for
+    which they mean the same: those that one class declares for both (`blocks`, `targets`, the rank
+    of kin of LoRA). An option that merely has the same name stays behind. Rates that the config
+    sets go over to all.
 
     Args:
         config: of some method.
@@ -235,13 +242,13 @@ def with_method(config: RunConfig, name: str, budget: str | None = None) -> RunC
 
 
 def _options(given: Method, cls: type[Method], budget: str | None) -> dict[str, Any]:
-    own, known = type(given), fields_of(cls)
+    own = type(given)
     options = given.options()
     if own is not cls:
         plain = own().options()
         options = {key: value for key, value in options.items() if value != plain.get(key)}
     wanted = budget or options.get("budget")
-    options = {key: value for key, value in options.items() if key in known}
+    options = {key: value for key, value in options.items() if same_option(key, own, cls)}
     if wanted is None or class_key(cls) in BESIDE:
         return options
     if not cls.knob:
