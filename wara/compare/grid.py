@@ -270,7 +270,8 @@ def with_method(config: RunConfig, method: str, budget: str | None = None) -> Ru
     values["adapter"] = section_of(made)
     groups = list(made.learning_rates())
     for group in ("core", "head"):
-        if group not in groups[1:]:
+        # `lr` and a rate by name cannot both be that of a probe's head.
+        if group not in groups or (group == groups[0] and values["lr"] is not None):
             values[f"lr_{group}"] = None
     return RunConfig.model_validate_json(json.dumps(values))
 
