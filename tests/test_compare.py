@@ -411,8 +411,11 @@ def test_audit_tells_what_the_best_test_epoch_would_have_gained(
 
 
 def test_a_plan_runs_nothing(whole: Whole, tmp_path: Path, capsys: Any) -> None:
-    assert compare(whole.config, tmp_path / "out", "--plan") == 0
+    assert compare(whole.config, tmp_path / "out", "--plan", "--budget", "lora_r1") == 0
     text = capsys.readouterr().out
+    # Of a ViT 64 wide and six blocks deep: 6 · 4 · (64 + 64).
+    assert "lora (lora_r1), adapter 3,072 of 3,072 wanted, head" in text
+    assert "linear_probe, adapter 0, head" in text
     assert "runs       6, after 3 trials per row and split (9 in all)" in text
     assert re.search(r"time       about \d+ s, from one measured step", text)
     assert not (tmp_path / "out").exists()
@@ -428,6 +431,10 @@ def test_a_plan_runs_nothing(whole: Whole, tmp_path: Path, capsys: Any) -> None:
         (["--seeds", "two"], "'two' are not understood"),
         (["--methods", "lora,bitfit", "--budget", "lora_r2"], "cannot meet a budget"),
         (["--methods", "lora,wara", "--budget", "0.001*lora_r1"], "has at least"),
+        (["--methods", "lora,ssf", "--budget", "lora_r1"], "trains is fixed, so it cannot meet"),
+        (["--methods", "lora,vpt", "--budget", "lora_r1", "--set", "adapter.targets=[q, v]"],
+         "'vpt' has no targets, so its budget is measured on q, k, v and o"),
+        (["--methods", "lora,convpass", "--budget", "0.1*lora_r1"], "'convpass' has at least"),
         (["--metric", "auc"], "there is no metric 'auc'"),
         (["--tune", "lr=2"], "an odd number"),
         (["--tune", "rank=3"], "'rank' is not tuned"),

@@ -15,6 +15,7 @@ from deploy_helpers import make_run
 from sklearn.metrics import confusion_matrix
 from training_helpers import make_images
 
+from wara.adapters import unload
 from wara.cli import main
 from wara.deploy import parity
 from wara.deploy.bundle import open_bundle
@@ -36,25 +37,57 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("lora", "linear_probe", "full", "tiny_wara")
-]
+# Options of each kind, and whether an update of that kind is merged.
+KINDS: dict[str, tuple[dict[str, Any], bool]] = {
+    "tiny_wara": ({"rank": 2}, False),
+    "waveft": ({}, True),
+    "lora": ({"rank": 2}, True),
+    "linear_probe": ({}, True),
+    "full": ({}, True),
+    "adaptformer": ({"bottleneck": 5}, False),
+    "convpass": ({"bottleneck": 4}, False),
+    "vpt": ({"tokens": 3}, False),
+    "fact_tt": ({"rank": 3}, True),
+    "apla": ({"rows": 7}, True),
+    "ssf": ({}, True),
+    "rank_conv": ({"rank": 2}, False),
+    "random": ({"method": "wara", "rank": 2, "wavelet": "random", "core": "full"}, False),
+}
+QUICK = ("waveft",)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS if name not in QUICK]
 
 
-@pytest.mark.parametrize("method", ["waveft", *SLOW])
-def test_every_kind_of_method_is_exported(method: str, place: Path) -> None:
+@pytest.mark.parametrize("kind", [*QUICK, *SLOW])
+def test_every_kind_of_method_is_exported(kind: str, place: Path) -> None:
     """Weight-domain updates are merged, those of tokens are nodes; both say what the run said."""
     pytest.importorskip("onnxscript")
-    rank = {"rank": 2} if method in ("tiny_wara", "lora") else {}
-    run = make_run(place, adapter={"method": method, **rank}, epochs=1, out=str(place / method))
-    bundle = open_bundle(export(run, place / f"{method}.bundle", say=quiet))
+    options, merged = KINDS[kind]
+    adapter = {"method": kind, **options}
+    run = make_run(place, adapter=adapter, epochs=1, out=str(place / kind))
+    bundle = open_bundle(export(run, place / f"{kind}.bundle", say=quiet))
     certificate = bundle.manifest["parity"]
     assert certificate["largest_difference"] <= 1e-4 and certificate["flipped"] == 0
     assert certificate["images"] == len(load_run(run).predictions("val").files) + len(
         load_run(run).predictions("test").files
     )
-    assert bundle.manifest["model"]["merged"] is (method != "tiny_wara")
+    assert bundle.manifest["model"]["merged"] is merged
+    assert bundle.manifest["method"]["name"] == adapter["method"]
+    # And on images that the run has not seen, with the adapter as its folder holds it.
+    model, size = load_run(run).model(), bundle.manifest["input"]["size"]
+    pixels = np.random.default_rng(3).normal(size=(5, 3, *size)).astype(np.float32)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(pixels)).numpy()
+        without = unload(model)(torch.from_numpy(pixels)).numpy() if _is_taken_off(kind) else None
+    np.testing.assert_allclose(
+        Predictor(bundle.folder).run(pixels)[0], wanted,
+        atol=certificate["limit"]["largest_difference"],
+    )  # fmt: skip
+    # The adapter is felt by far more than that.
+    assert without is None or abs(wanted - without).max() > 1e-2
+
+
+def _is_taken_off(kind: str) -> bool:
+    return kind not in ("linear_probe", "full")
 
 
 def test_what_a_manifest_tells(bundle: Path) -> None:

@@ -49,10 +49,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _config(folder: Path, **changes: Any) -> RunConfig:
     # Dropout, stochastic depth, augmentation, accumulation with a short last window: everything
     # that draws numbers or counts.
-    return tiny_config(
-        folder, epochs=EPOCHS, accumulate=2, patience=3, backbone__drop_path_rate=0.1,
-        adapter={"method": "wara", "rank": 2, "level": 1, "dropout": 0.1}, **changes,
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "epochs": EPOCHS, "accumulate": 2, "patience": 3, "backbone__drop_path_rate": 0.1,
+        "adapter": {"method": "wara", "rank": 2, "level": 1, "dropout": 0.1},
+    }  # fmt: skip
+    return tiny_config(folder, **values | changes)
 
 
 def _stop_at(monkeypatch: pytest.MonkeyPatch, batch: int, how: Any) -> None:
@@ -89,6 +90,29 @@ def test_stopped_and_resumed_is_bit_identical(
     assert_same(whole / "run", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert record["status"] == "finished" and len(record["started"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "adapter",
+    [{"method": "vpt", "tokens": 3, "dropout": 0.1},
+     {"method": "convpass", "bottleneck": 3, "dropout": 0.1}],
+)  # fmt: skip
+def test_layers_on_blocks_and_beside_modules_resume_too(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, Any]
+) -> None:
+    """Prompts and bypasses, stopped in the second of three epochs."""
+    unbroken, broken = (
+        _config(whole, out=str(tmp_path / name), epochs=3, adapter=dict(adapter))
+        for name in ("unbroken", "broken")
+    )
+    run(unbroken, quiet=True)
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped):
+            run(broken, quiet=True)
+    run(broken, resume=True, quiet=True)
+    assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
 def test_resume_draws_new_numbers_only_where_counted(whole: Path, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class Sized:
         adapter_params: numbers that train beside the head.
         head_params: numbers of the head.
         seconds: expected for one run, from one measured step; None where not measured.
+        wanted_params: numbers that a budget asks for; None without one.
     """
 
     row: Row
@@ -100,6 +101,7 @@ class Sized:
     adapter_params: int
     head_params: int
     seconds: float | None = None
+    wanted_params: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _sized(row: Row, run: Prepared, measure: bool) -> Sized:
     )
     return Sized(
         replace(row, config=config), Facts.of(run), run.counts["adapter"], run.counts["head"],
-        seconds_of(run) if measure else None,
+        seconds_of(run) if measure else None, run.budget[1] if run.budget else None,
     )  # fmt: skip
 
 

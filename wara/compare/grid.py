@@ -18,9 +18,10 @@ from wara.adapters.methods import (
     same_option,
     section_of,
 )
+from wara.adapters.targets import ATTENTION
 from wara.config import RunConfig
 from wara.errors import WaraError, WaraErrors
-from wara.schema import parse_yaml
+from wara.schema import fields_of, parse_yaml
 
 MAJORITY = "majority"
 """The row of who looks at no image: every class as often as among the training images."""
@@ -254,7 +255,7 @@ def with_method(config: RunConfig, method: str, budget: str | None = None) -> Ru
 
     Raises:
         WaraError: kind "config" when there is no such method, an option does not fit it, or it has
-            no size that a budget could set.
+            no size that a budget could set, or none to compare where the config sets targets.
     """
     name, own = variant_of(method)
     cls = find_method(name)
@@ -283,12 +284,17 @@ def _options(given: Method, cls: type[Method], budget: str | None) -> dict[str, 
         plain = own().options()
         options = {key: value for key, value in options.items() if value != plain.get(key)}
     wanted = budget or options.get("budget")
+    where = set(options.get("targets", ATTENTION))
     options = {key: value for key, value in options.items() if same_option(key, own, cls)}
     if wanted is None or class_key(cls) in BESIDE:
         return options
     if not cls.knob:
         what = f"what '{class_key(cls)}' trains is fixed, so it cannot meet a budget"
         raise WaraError("config", what, "--methods", "leave it out, or compare without a budget")
+    if "targets" not in fields_of(cls) and where != set(ATTENTION):
+        # Its budget would be measured on others than those of the methods beside it.
+        what = f"'{class_key(cls)}' has no targets, so its budget is measured on q, k, v and o"
+        raise WaraError("config", what, "adapter.targets", "leave them out, or the method")
     return {k: v for k, v in options.items() if k not in cls.knob} | {"budget": wanted}
 
 

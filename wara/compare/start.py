@@ -103,10 +103,11 @@ def plan_lines(
         if sized.row.method == MAJORITY:
             continue
         rates = ", ".join(f"{name} {rate:g}" for name, rate in sized.row.config.rates.items())
+        wanted = "" if sized.wanted_params is None else f" of {sized.wanted_params:,} wanted"
         timed = "" if sized.seconds is None else f", {span(sized.seconds)} each"
         name = checked.grounds[_first_place(sized)].name
         lines.append(
-            f"row        {name}: {sized.row.label}, adapter {sized.adapter_params:,}, "
+            f"row        {name}: {sized.row.label}, adapter {sized.adapter_params:,}{wanted}, "
             f"head {sized.head_params:,}, lr: {rates}, {own} runs{timed}"
         )
         known &= sized.seconds is not None
