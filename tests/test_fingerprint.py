@@ -101,7 +101,7 @@ def test_what_the_base_computes_is_in_it(name: str, tmp_path: Path) -> None:
 def test_what_training_changes_is_not_in_it(make: Callable[..., Any]) -> None:
     model = make()
     wanted = base_hash(model)
-    other = make(drop_rate=0.3, proj_drop_rate=0.2, num_classes=7)
+    other = make(drop_rate=0.3, proj_drop_rate=0.2, drop_path_rate=0.2, num_classes=7)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     other.load_state_dict({**other.state_dict(), **own})
     assert base_hash(other) == wanted

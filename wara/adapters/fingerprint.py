@@ -24,6 +24,8 @@ _ELSEWHERE = frozenset(
     "training num_classes p drop_prob drop_rate drop_path_rate inplace scale_by_keep "
     "fused_attn grad_checkpointing".split()
 )
+# What stands where nothing is dropped, for a class that is there only where something is.
+_IN_EVALUATION = {"DropPath": "Identity"}
 
 
 def base_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
@@ -120,8 +122,9 @@ def _structure(model: nn.Module) -> list[Any]:
     for path, name, value, _ in adaptation.attributes if adaptation is not None else ():
         before.setdefault(f"{plain_name(path)}." if path else "", {})[name] = value
     return [
-        [path, type(module).__name__, _facts({**vars(module), **before.get(path, {})})]
+        [path, _IN_EVALUATION.get(name, name), _facts({**vars(module), **before.get(path, {})})]
         for path, module in _modules(model)
+        for name in [type(module).__name__]
     ]
 
 
