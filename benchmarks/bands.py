@@ -51,11 +51,18 @@ def texture(rng: np.random.Generator, side: int) -> np.ndarray:
     return (wave - wave.mean()) / wave.std()
 
 
-def mosaic(rng: np.random.Generator, name: str, grid: int, patch: int, flips: float) -> np.ndarray:
-    """Return an image, uint8 `[grid * patch, grid * patch]`."""
+def mosaic(
+    rng: np.random.Generator,
+    name: str,
+    grid: int,
+    patch: int,
+    flips: float,
+    two: np.random.Generator,
+) -> np.ndarray:
+    """Return an image, uint8 `[grid * patch, grid * patch]`; `two` draws its textures."""
     side = grid * patch
     pattern = np.kron(signs(rng, name, grid, flips), np.ones((patch, patch))).astype(bool)
-    shown = np.where(pattern, texture(rng, side), texture(rng, side))
+    shown = np.where(pattern, texture(two, side), texture(two, side))
     pixels = 128 + rng.uniform(20, 35) * shown + rng.normal(0, 12, (side, side))
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
@@ -67,6 +74,7 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=14, help="patches on a side")
     parser.add_argument("--patch", type=int, default=8, help="pixels of a patch")
     parser.add_argument("--flips", type=float, default=0.25, help="share of patches that disagree")
+    parser.add_argument("--same", action="store_true", help="the same two textures in all images")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -76,7 +84,9 @@ def main() -> None:
         name = CLASSES[index % len(CLASSES)]
         rng = np.random.default_rng((args.seed, index))
         file = f"{index:04d}.png"
-        Image.fromarray(mosaic(rng, name, args.grid, args.patch, args.flips)).save(args.out / file)
+        two = np.random.default_rng(args.seed) if args.same else rng
+        drawn = mosaic(rng, name, args.grid, args.patch, args.flips, two)
+        Image.fromarray(drawn).save(args.out / file)
         rows.append((file, name))
     with (args.out / "labels.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("file", "label"), *rows])
