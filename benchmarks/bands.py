@@ -7,8 +7,9 @@ Every image is a mosaic of two textures, one per patch of the backbone's grid. W
 patch shows is a pattern of signs, and only its arrangement tells the class: patches alternate
 from row to row (`rows`), from column to column (`columns`), like a checkerboard (`checks`), or
 not at all (`blobs`: the signs of a coarse random field). For Haar these are the bands LH, HL, HH
-and LL of one level. The textures are drawn anew for each image, a share of the patches shows the
-other one, and each class has both in equal shares, so that no patch by itself says anything.
+and LL of one level. A share of the patches shows the other texture, and each class has both in
+equal shares, so that no patch by itself says anything. The textures are drawn anew for each image,
+or are the same two in all of them (`--same`).
 """
 
 from __future__ import annotations

@@ -244,6 +244,11 @@ def test_free_memory_is_the_least_of_what_limits_it(tmp_path, monkeypatch) -> No
     RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer"),
     RuntimeError("std::bad_alloc"),
     RuntimeError("could not create a primitive"),
+    RuntimeError("could not create a memory object"),
 ])  # fmt: skip
 def test_a_failed_allocation_is_a_lack_of_resources(error: Exception) -> None:
     assert as_refusal(error).exit_code == 7
+
+
+def test_a_form_that_an_operation_lacks_is_no_lack_of_memory() -> None:
+    assert as_refusal(RuntimeError("could not create a primitive descriptor")).exit_code == 1

@@ -171,8 +171,10 @@ def test_a_method_stands_beside_itself_with_other_options(tmp_path: Path) -> Non
         ("wara:level=", "'level=' in .* sets nothing"),
         ("wara:level=2:level=3", "stands twice"),
         ("wara:wavlet=db2", "wavlet.*--methods wara:wavlet=db2.*wavelet"),
-        ("wara:level=[", "--methods"),
-        ("wara:rank=3:budget=lora_r1", "budget"),
+        ("wara:level=[", "not YAML.*as in wara:wavelet"),
+        ("wara::level=2", "'' in .* sets nothing"),
+        ("wara:rank=3:budget=lora_r1", "both set"),
+        ("nothing:level=2", "unknown method 'nothing'.*--methods nothing:level=2"),
     ],
 )
 def test_options_of_a_row_that_say_nothing_are_refused(
@@ -181,6 +183,48 @@ def test_options_of_a_row_that_say_nothing_are_refused(
     with pytest.raises(WaraError, match=words) as caught:
         with_method(tiny_config(tmp_path), method)
     assert caught.value.exit_code == 2
+
+
+def test_a_row_may_set_a_size_but_not_beside_a_budget_of_all(tmp_path: Path) -> None:
+    for given in ({"rank": 2}, {"budget": "lora_r1"}):
+        config = tiny_config(tmp_path, adapter={"method": "lora", "blocks": "last_1", **given})
+        for option, value in {"rank": 3, "budget": "lora_r2"}.items():
+            adapter = with_method(config, f"lora: {option} = {value}").adapter
+            wanted = {"blocks": "last_1", option: value}
+            assert adapter == method_from_options("lora", wanted)
+    for option in ("rank=3", "budget=lora_r2", "budget=null", "targets=[q]", "blocks=last_1"):
+        with pytest.raises(WaraError, match=f"one size.*--methods lora:{re.escape(option)}"):
+            with_method(tiny_config(tmp_path), f"lora:{option}", "lora_r1")
+
+
+def test_rows_that_would_be_the_same_runs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--seeds", "2", "--beside", "none", "--out", str(tmp_path / "out"), "--plan"]
+    config = str(make_config(tmp_path))
+    for methods, more, told in [
+        ("lora,lora:dropout=0", [], "'lora:dropout=0' would be the same runs as 'lora'"),
+        ("lora", ["--sweep-budget", "1,1.1"], r"lora \(1.1\*lora_r1\).* as 'lora \(1\*lora_r1\)'"),
+    ]:
+        assert cli.main(["compare", "--cfg", config, "--methods", methods, *more, *line]) == 2
+        assert re.search(told, capsys.readouterr().err)
+    methods = "lora,lora:targets=[q,v]"
+    assert cli.main(["compare", "--cfg", config, "--methods", methods, *line]) == 0
+    assert "lora:targets=[q,v], adapter" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_variants_are_tuned_and_told_apart(tmp_path: Path) -> None:
+    out, method = tmp_path / "out", "wara:core=full"
+    assert compare(make_config(tmp_path), out, "--methods", f"lora,wara,{method}") == 0
+    found = rows(out)
+    assert list(found) == ["majority", "lora", "wara", method, "linear_probe"]
+    assert found[method]["runs"] == "2" and found[method]["p_holm"]
+    assert int(found[method]["adapter_params"]) > int(found["wara"]["adapter_params"])
+    assert len(list((out / "trials").glob("*.json"))) == 4 * 3
+    configs = [load_config(folder / "config.yaml") for folder in cells(out)]
+    assert Counter(c.adapter.options().get("core") for c in configs)["full"] == 2
+    assert method in (out / "report.html").read_text()
 
 
 def test_a_worker_reads_each_image_once(whole: Whole) -> None:

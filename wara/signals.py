@@ -62,6 +62,7 @@ class StopSignals:
         self._noted = self._left = float("-inf")
         self._previous: dict[int, Any] = {}
         self._hook = sys.unraisablehook
+        self._swallowed_signal = 0
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -73,7 +74,8 @@ class StopSignals:
             self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        pending, self._swallowed_signal = self._swallowed_signal, 0
         for signum, handler in self._previous.items():
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, StopSignals):  # a stop goes on where this context ends
@@ -82,17 +84,21 @@ class StopSignals:
         if self._previous:
             sys.unraisablehook = self._hook
         self._previous.clear()
+        if pending and kind is None:
+            raise Stopped(pending)
 
     def _swallowed(self, found: sys.UnraisableHookArgs) -> None:
         if not isinstance(found.exc_value, Stopped):
             self._hook(found)
             return
-        signum = found.exc_value.signum
+        self._swallowed_signal = found.exc_value.signum
         self._noted = self._left = float("-inf")
 
         def again() -> None:
-            if self._previous:
-                signal.raise_signal(signum)
+            # To the main thread, so that what it waits in is interrupted.
+            main = threading.main_thread().ident
+            if self._swallowed_signal and main is not None:
+                signal.pthread_kill(main, self._swallowed_signal)
 
         timer = threading.Timer(_SWALLOWED, again)
         timer.daemon = True
@@ -116,6 +122,7 @@ class StopSignals:
         """
         self.requested = signum
         self._left = time.monotonic()
+        self._swallowed_signal = 0
         raise Stopped(signum)
 
     def ignore(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -186,6 +186,12 @@ class SparseMethod(TargetedMethod):
 
     knob: ClassVar[tuple[str, ...]] = ("k",)
 
+    if TYPE_CHECKING:
+
+        @property
+        def scale(self) -> float:
+            """The factor λ; each method declares it, as its own rate wants it."""
+
     k: int | Numbers | None = Field(
         None, description="Trained numbers per matrix, or a list; null: as a LoRA of rank 1."
     )
@@ -205,11 +211,6 @@ class SparseMethod(TargetedMethod):
             remedy = f"set 1 to {MOST_NUMBERS}, or null"
             raise fault(f"k is {value if value in each else list(value)}", remedy)
         return value
-
-    @property
-    def factor(self) -> float:
-        """The factor λ on the update: `scale`, which each method has as its own rate wants it."""
-        raise TypeError(f"{type(self).__name__} does not define factor")
 
     @property
     def transform(self) -> str | None:
@@ -260,7 +261,7 @@ class SparseMethod(TargetedMethod):
                 else draw_places(shape, count, self.seed)
                 for shape, count in pairs
             ]
-            layer = SparseLayer(target, drawn, scale=self.factor, wavelet=self.transform)
+            layer = SparseLayer(target, drawn, scale=self.scale, wavelet=self.transform)
             if self.init == "gaussian":
                 nn.init.normal_(layer.coefficients, std=GAUSSIAN)
             layers.append(layer)
@@ -295,11 +296,6 @@ class WaveFT(SparseMethod):
     )
 
     @property
-    def factor(self) -> float:
-        """The factor λ on the update."""
-        return self.scale
-
-    @property
     def transform(self) -> str | None:
         """Name of the wavelet."""
         return self.wavelet
@@ -316,8 +312,3 @@ class SHiRA(SparseMethod):
     scale: Annotated[float, NotZero] = Field(
         1.0, ge=-1e6, le=1e6, description="Factor λ on the update."
     )
-
-    @property
-    def factor(self) -> float:
-        """The factor λ on the update."""
-        return self.scale

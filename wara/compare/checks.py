@@ -158,10 +158,22 @@ def check(rows: Iterable[Row], request: Request, shelf: Shelf, *, measure: bool 
             except WaraError as error:
                 faults += error.errors if isinstance(error, WaraErrors) else [error]
                 break
-    faults += _faults(grounds, request.metric)
+    faults += [*_faults(grounds, request.metric), *_twins(sized)]
     if faults:
         raise WaraErrors(list({str(fault): fault for fault in faults}.values()))
     return Checked(tuple(sized), grounds)
+
+
+def _twins(rows: Iterable[Sized]) -> Iterable[WaraError]:
+    """Refuse rows that would be the same runs under two names."""
+    known: dict[str, str] = {}
+    for sized in rows:
+        row = sized.row
+        label = known.setdefault(f"{row.method == MAJORITY} {row.config!r}", row.label)
+        if label != row.label:
+            what = f"'{row.label}' would be the same runs as '{label}'"
+            remedy = "leave one of them out; sizes are as coarse as the method"
+            yield WaraError("config", what, row.dataset, remedy)
 
 
 def _sized(row: Row, run: Prepared, measure: bool) -> Sized:

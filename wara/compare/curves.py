@@ -61,7 +61,7 @@ def sweep(
     for number, (method, of) in enumerate(points.items()):
         along, value, lows, highs = (list(column) for column in zip(*of, strict=True))
         style = line_of(number)
-        ax.plot(along, value, marker="o", markersize=4, label=text_of(method), **style)
+        ax.plot(along, value, marker="o", markersize=4, label=text_of(method, 64), **style)
         ax.fill_between(along, lows, highs, color=style["color"], alpha=0.12, linewidth=0)
     ax.set_xscale("log")
     ax.set_xlabel("trained adapter parameters" if over == "parameters" else "training images")

@@ -36,7 +36,7 @@ def critical_difference(
         row = lowest - 0.42 * (i if best else k - 1 - i)
         end = 1 - 0.06 * span if best else max(k, 2) + 0.06 * span
         ax.plot([at, at, end], [0, row, row], color=PALETTE[0] if best else "0.35", linewidth=1)
-        label = f"{text_of(name)}  {at:.2f}"
+        label = f"{text_of(name, 64)}  {at:.2f}"
         ax.text(end, row, f"{label} " if best else f" {label}", fontsize=9, va="center",
                 ha="right" if best else "left")  # fmt: skip
     for i, group in enumerate(ranking.alike):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -224,20 +224,26 @@ def variant_of(method: str) -> tuple[str, dict[str, Any]]:
     Raises:
         WaraError: kind "usage" when a part is not of that form, or an option stands twice.
     """
-    parts = method.split(":")
+    parts = spelled(method).split(":")
     first = next((i for i, part in enumerate(parts) if "=" in part), len(parts))
+    remedy = "write as in wara:wavelet=db2:level=2"
     options: dict[str, Any] = {}
-    for part in parts[first:]:
-        key, equals, raw = (word.strip() for word in part.partition("="))
-        if not (key and equals and raw) or key in options:
+    for place, part in enumerate(parts):
+        key, equals, raw = part.partition("=")
+        if not key or (place >= first and not (equals and raw)) or key in options:
             fault = "stands twice" if key in options else "sets nothing"
-            remedy = "write as in wara:wavelet=db2:level=2"
             raise WaraError("usage", f"'{part}' in '{method}' {fault}", "--methods", remedy)
-        try:
-            options[key] = parse_yaml(raw)
-        except WaraError as error:
-            raise WaraError("usage", error.what, f"--methods {method}", error.remedy) from error
+        if equals:
+            try:
+                options[key] = parse_yaml(raw)
+            except WaraError as error:
+                raise WaraError("usage", error.what, f"--methods {method}", remedy) from error
     return ":".join(parts[:first]), options
+
+
+def spelled(method: str) -> str:
+    """Return a method with its options as rows are called by it: without spaces around words."""
+    return re.sub(r"\s*([:=])\s*", r"\1", method.strip())
 
 
 def with_method(config: RunConfig, method: str, budget: str | None = None) -> RunConfig:
@@ -258,14 +264,15 @@ def with_method(config: RunConfig, method: str, budget: str | None = None) -> Ru
             no size that a budget could set, or none to compare where the config sets targets.
     """
     name, own = variant_of(method)
-    cls = find_method(name)
     try:
-        made = method_from_options(cls, _options(config.adapter, cls, budget) | own)
-    except WaraErrors as error:
+        cls = find_method(name)
+        made = method_from_options(cls, _options(config.adapter, cls, budget, own))
+    except WaraError as error:
         if not own:
             raise
+        found = error.errors if isinstance(error, WaraErrors) else [error]
         raise WaraErrors(
-            [WaraError(e.kind, e.what, f"--methods {method}", e.remedy) for e in error.errors]
+            [WaraError(e.kind, e.what, f"--methods {method}", e.remedy) for e in found]
         ) from error
     values = config.model_dump(mode="json")
     values["adapter"] = section_of(made)
@@ -277,15 +284,26 @@ def with_method(config: RunConfig, method: str, budget: str | None = None) -> Ru
     return RunConfig.model_validate_json(json.dumps(values))
 
 
-def _options(given: Method, cls: type[Method], budget: str | None) -> dict[str, Any]:
-    own = type(given)
+def _options(
+    given: Method, cls: type[Method], budget: str | None, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of a row: what goes over, and its own."""
+    source = type(given)
     options = given.options()
-    if own is not cls:
-        plain = own().options()
+    if source is not cls:
+        plain = source().options()
         options = {key: value for key, value in options.items() if value != plain.get(key)}
     wanted = budget or options.get("budget")
     where = set(options.get("targets", ATTENTION))
-    options = {key: value for key, value in options.items() if same_option(key, own, cls)}
+    options = {key: value for key, value in options.items() if same_option(key, source, cls)}
+    sizes = {"budget", *cls.knob}
+    if own.keys() & sizes and not budget:
+        options = {key: value for key, value in options.items() if key not in sizes}
+        wanted = own.get("budget")
+    elif wanted is not None and own.keys() & {*sizes, "targets", "blocks"}:
+        what = "with a budget all rows have one size, at the same places"
+        raise WaraError("usage", what, "", "leave out the budget, or what the row sets of these")
+    options |= own
     if wanted is None or class_key(cls) in BESIDE:
         return options
     if not cls.knob:
@@ -295,7 +313,8 @@ def _options(given: Method, cls: type[Method], budget: str | None) -> dict[str, 
         # Its budget would be measured on others than those of the methods beside it.
         what = f"'{class_key(cls)}' has no targets, so its budget is measured on q, k, v and o"
         raise WaraError("config", what, "adapter.targets", "leave them out, or the method")
-    return {k: v for k, v in options.items() if k not in cls.knob} | {"budget": wanted}
+    kept = {k: v for k, v in options.items() if k not in cls.knob or k in own}
+    return kept | {"budget": wanted}
 
 
 def cells_of(row: Row, splits: int, seeds: Sequence[int]) -> list[Cell]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,7 @@ def request_of(arguments: argparse.Namespace, read_config: ReadConfig) -> Reques
     tuning = _tuning(arguments.tune) if arguments.tune else None
     sets = _words(arguments.datasets, "--datasets") if arguments.datasets else [None]
 
-    from wara.compare.grid import BESIDE, Request
+    from wara.compare.grid import BESIDE, Request, spelled
 
     for name in beside:
         if name not in BESIDE:
@@ -119,7 +120,7 @@ def request_of(arguments: argparse.Namespace, read_config: ReadConfig) -> Reques
     ]
     return Request(
         configs=tuple(configs),
-        methods=tuple(_words(arguments.methods, "--methods")),
+        methods=tuple(spelled(word) for word in _words(arguments.methods, "--methods")),
         seeds=seeds,
         splits=arguments.splits,
         out=arguments.out.expanduser(),
@@ -127,7 +128,7 @@ def request_of(arguments: argparse.Namespace, read_config: ReadConfig) -> Reques
         train=train,
         beside=beside,
         tuning=tuning,
-        reference=None if arguments.reference == "none" else arguments.reference,
+        reference=None if arguments.reference == "none" else spelled(arguments.reference),
         rope=arguments.rope,
         metric=arguments.metric,
         audit=arguments.audit,
@@ -145,7 +146,7 @@ def _launcher(arguments: argparse.Namespace, shelf: Shelf) -> Launcher:
 
 
 def _words(text: str, flag: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
+    words = [word.strip() for word in re.split(r",(?![^\[]*\])", text)]  # not within a list
     if not all(words):
         raise WaraError("usage", f"an empty name in '{text}'", flag, "write names, commas between")
     return words
