@@ -6,6 +6,8 @@ import argparse
 import importlib
 import math
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
@@ -248,6 +250,18 @@ def test_free_memory_is_the_least_of_what_limits_it(tmp_path, monkeypatch) -> No
 ])  # fmt: skip
 def test_a_failed_allocation_is_a_lack_of_resources(error: Exception) -> None:
     assert as_refusal(error).exit_code == 7
+
+
+def test_an_error_without_words_is_a_lack_of_memory_where_that_is_limited() -> None:
+    error = SystemError("error return without exception set")
+    assert as_refusal(error).exit_code == 1
+    code = (
+        "import resource; from wara.errors import as_refusal; "
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.RLIM_INFINITY)); "
+        f"print(as_refusal({error!r}).exit_code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "7\n", done.stderr
 
 
 def test_a_form_that_an_operation_lacks_is_no_lack_of_memory() -> None:

@@ -142,6 +142,11 @@ def test_what_else_python_swallows_is_told_as_before(
     with StopSignals():
         Broken()
     assert "ZeroDivisionError" in capsys.readouterr().err
+    with StopSignals():  # as the command has it, until its process is gone
+        with pytest.raises(Stopped), StopSignals():
+            signal.raise_signal(signal.SIGTERM)
+        Broken()
+    assert not capsys.readouterr().err
 
 
 LATE = "import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15); "

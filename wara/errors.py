@@ -126,6 +126,8 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    if isinstance(error, SystemError):  # of a library in C that forgot to say that it had none
+        return "without exception set" in str(error) and _memory_is_limited()
     # These may quote a name or a cell that somebody wrote.
     if isinstance(error, ValueError | LookupError | TypeError):
         return False
@@ -133,6 +135,14 @@ def out_of_memory(error: BaseException) -> bool:
     # oneDNN says no more than this where it cannot allocate; a form that it does not have is
     # "could not create a primitive descriptor".
     return said.endswith("could not create a primitive") or any(t in said for t in _NO_MEMORY)
+
+
+def _memory_is_limited() -> bool:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def as_refusal(error: BaseException) -> WaraError:

@@ -50,7 +50,7 @@ class StopSignals:
     later or more. Once `Stopped` was raised, signals are ignored for ten seconds, so that the
     folder is left in order. With `patient = True` nothing is raised, and `times` is looked at.
     Where Python swallows what is raised (in a destructor, around a fork), the stop comes a moment
-    later.
+    later; what else is swallowed after a stop is not printed.
 
     SIGHUP stays ignored where it was (`nohup`). Outside the main thread, where Python does not
     allow handlers, the context does nothing.
@@ -89,7 +89,8 @@ class StopSignals:
 
     def _swallowed(self, found: sys.UnraisableHookArgs) -> None:
         if not isinstance(found.exc_value, Stopped):
-            self._hook(found)
+            if self._left == float("-inf"):  # what a stop left half-made complains as it goes
+                self._hook(found)
             return
         self._swallowed_signal = found.exc_value.signum
         self._noted = self._left = float("-inf")
