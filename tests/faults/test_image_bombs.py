@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
@@ -150,6 +152,8 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "JPEG of 2,000 scans": lambda: scans(2000),
     "JPEG of 65,500 x 65,500": lambda: jpeg_of(64).replace(
         b"\x08\0\x40\0\x40", b"\x08\xff\xdc\xff\xdc"),
+    "JPEG 2000 of 79 million greys, which OpenJPEG holds three times over": lambda: _compressed(
+        JPEG2000Lossless),
     "TIFF whose entries overlap": overlapping,
     "TIFF of 3,000 pages": lambda: pages(3000),
 }  # fmt: skip
@@ -157,6 +161,14 @@ REFUSED: dict[str, Callable[[], bytes]] = {
 
 def _large_dicom(bits: str) -> bytes:
     return dicom(np.zeros((8900, 8900), bits), WindowCenter="100", WindowWidth="200")
+
+
+def _compressed(syntax: str) -> bytes:
+    held = pydicom.dcmread(io.BytesIO(_large_dicom("u2")))
+    held.compress(syntax)
+    out = io.BytesIO()
+    held.save_as(out)
+    return out.getvalue()
 
 
 TURNED = Image.Exif()
@@ -170,6 +182,8 @@ LARGE: dict[str, Callable[[], bytes]] = {
         Image.new("RGB", (8900, 8900)), "TIFF", compression="tiff_lzw", exif=TURNED),
     "DICOM of 79 million greys of 16 bits": lambda: _large_dicom("u2"),
     "DICOM of 79 million greys of 8 bits": lambda: _large_dicom("u1"),
+    "DICOM of 79 million greys of 16 bits, JPEG-LS": lambda: _compressed(JPEGLSLossless),
+    "DICOM of 79 million greys of 16 bits, RLE": lambda: _compressed(RLELossless),
 }  # fmt: skip
 
 
