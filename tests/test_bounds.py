@@ -252,16 +252,17 @@ def test_a_failed_allocation_is_a_lack_of_resources(error: Exception) -> None:
     assert as_refusal(error).exit_code == 7
 
 
-def test_an_error_without_words_is_a_lack_of_memory_where_that_is_limited() -> None:
-    error = SystemError("error return without exception set")
-    assert as_refusal(error).exit_code == 1
+@pytest.mark.parametrize(("room", "exit_code"), [(100 << 20, 7), (1 << 30, 1)])
+def test_whatever_fails_at_the_limit_of_memory_fails_of_that(room: int, exit_code: int) -> None:
     code = (
-        "import resource; from wara.errors import as_refusal; "
-        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.RLIM_INFINITY)); "
-        f"print(as_refusal({error!r}).exit_code)"
+        "import resource; from pathlib import Path; from wara.errors import as_refusal; "
+        "pages = int(Path('/proc/self/statm').read_text().split()[0]); "
+        f"limit = pages * resource.getpagesize() + {room}; "
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY)); "
+        "print(as_refusal(SystemError('error return without exception set')).exit_code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "7\n", done.stderr
+    assert done.stdout == f"{exit_code}\n", done.stderr
 
 
 def test_a_form_that_an_operation_lacks_is_no_lack_of_memory() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import mmap
 import re
 from collections.abc import Iterable, Sequence
 
@@ -29,6 +30,7 @@ _NO_MEMORY = (
     "not enough memory", "out of memory", "failed to map segment", "bad_alloc", "memoryerror",
     "cublas_status_alloc_failed", "could not create a memory object",
 )  # fmt: skip
+_ROOM = 512 << 20  # bytes; the arenas and stacks of a few threads
 PEER_LOST = "contact with another training process was lost"
 _PEER = re.compile(
     r"\bgloo/|Connection closed by peer|Connection reset by peer"
@@ -126,8 +128,6 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    if isinstance(error, SystemError):  # of a library in C that forgot to say that it had none
-        return "without exception set" in str(error) and _memory_is_limited()
     # These may quote a name or a cell that somebody wrote.
     if isinstance(error, ValueError | LookupError | TypeError):
         return False
@@ -137,12 +137,22 @@ def out_of_memory(error: BaseException) -> bool:
     return said.endswith("could not create a primitive") or any(t in said for t in _NO_MEMORY)
 
 
-def _memory_is_limited() -> bool:
+def _at_the_limit() -> bool:
+    """Whether the process may have little more memory than it has (`ulimit -v`).
+
+    Libraries in C that cannot allocate fail in ways of their own, some without any words.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return False
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return False
+    try:
+        mmap.mmap(-1, _ROOM).close()
+    except (OSError, MemoryError):
+        return True
+    return False
 
 
 def as_refusal(error: BaseException) -> WaraError:
@@ -180,4 +190,6 @@ def as_refusal(error: BaseException) -> WaraError:
     if isinstance(error, OSError) and error.errno in _DISK:
         return storage_error(error, error.filename or "")
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if _at_the_limit():
+        return WaraError("resources", f"no memory left ({text})", "", "raise the limit of memory")
     return WaraError("bug", text, remedy="run again with --debug for the traceback")
