@@ -16,7 +16,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wara.adapters.base import AdapterLayer, LinearAdapter, TokenDomainLayer, is_skeleton, options
+from wara.adapters.base import (
+    AdapterLayer,
+    LinearAdapter,
+    TokenDomainLayer,
+    WeightDomainLayer,
+    is_skeleton,
+    options,
+)
+from wara.adapters.lora import LoRA
 from wara.adapters.targets import Target, TargetedMethod, block_indices
 from wara.adapters.wara import (
     SubbandLayer,
@@ -257,7 +265,7 @@ class SparseBands(TargetedMethod):
     rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-3, "head": 2e-3}
     knob: ClassVar[tuple[str, ...]] = ("coefficients",)
     mergeable: ClassVar[bool] = False
-    coefficients: int = Field(768, ge=4, le=10**7, description="k per row group.")
+    coefficients: int = Field(768, ge=1, le=10**7, description="k per row group.")
     scaling: float = Field(25.0, gt=0, le=1e4, description="λ.")
     seed: int = Field(0, ge=0, description="Draws the places.")
 
@@ -413,3 +421,40 @@ class NormsBoth(Norms):
     name: ClassVar[str] = "plain_norms"
     bands = 1
     places = ("norm1", "norm2")
+
+
+# -- the first version -----------------------------------------------------------------------------
+
+
+class ChannelLayer(WeightDomainLayer):
+    """`ΔW = H_oᵀ (I₂ ⊗ B A) H_d = B A ⊗ I₂`, `H` the Haar transform of channel pairs."""
+
+    def __init__(self, target: Target, *, rank: int, scale: float) -> None:
+        super().__init__(target.rows, target.linear.out_features)
+        self.scale, self.width = scale, target.linear.in_features
+        self.down = nn.ParameterList(torch.empty(rank, d // 2) for _, d in target.shapes)
+        self.up = nn.ParameterList(torch.zeros(o // 2, rank) for o, _ in target.shapes)
+        for down in self.down:
+            nn.init.kaiming_uniform_(down, a=5**0.5)
+
+    def delta_weight(self) -> Tensor:
+        """Return `[o, d]`."""
+        out = self.up[0].new_zeros(self.out_features, self.width)
+        for (start, stop), up, down in zip(self.rows, self.up, self.down, strict=True):
+            out[start:stop] = self.scale * torch.kron(up @ down, torch.eye(2, device=up.device))
+        return out
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `[b, n, o]`."""
+        return F.linear(x, weight + self.delta_weight().to(weight.dtype), bias)
+
+
+@options
+class V1(LoRA):
+    """One low-rank pair for both halves of the channels."""
+
+    name: ClassVar[str] = "wara_v1"
+
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
+        """Return a layer for each target."""
+        return [ChannelLayer(t, rank=self.rank, scale=self.scaling) for t in targets]
