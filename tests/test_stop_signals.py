@@ -106,12 +106,16 @@ def test_a_stop_outranks_what_dies_of_it_but_no_refusal() -> None:
         raise WaraError("storage", "the disk is full")
 
 
-def test_a_stop_that_python_swallows_comes_a_moment_later(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever a destructor or a hook of a fork raises is printed and dropped."""
+@pytest.fixture
+def plain_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python swallows is printed, as outside of pytest."""
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
 
+
+def test_a_stop_that_python_swallows_comes_a_moment_later(
+    capsys: pytest.CaptureFixture[str], plain_hook: None
+) -> None:
+    """Whatever a destructor or a hook of a fork raises is printed and dropped."""
     class Struck:
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -131,10 +135,8 @@ def test_a_stop_that_python_swallows_comes_a_moment_later(
 
 
 def test_what_else_python_swallows_is_told_as_before(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], plain_hook: None
 ) -> None:
-    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
-
     class Broken:
         def __del__(self) -> None:
             raise ZeroDivisionError
