@@ -49,6 +49,10 @@ class BandLayer(WaRALayer):
         """Return updated subbands, each `[b, m, g, r]`, for the patch tokens `z` `[b, n, g, r]`."""
         raise TypeError(f"{type(self).__name__} does not define bands")
 
+    def prefixed(self, head: Tensor, bands: list[Tensor]) -> Tensor:
+        """Return the update of the prefix tokens `[b, p, g, r]`, given the subbands as they came."""
+        return head
+
     def gained(self, bands: list[Tensor]) -> list[Tensor]:
         """Return subbands times the diagonal cores."""
         return [band * core for band, core in zip(bands, self.core.float().unbind(1), strict=True)]
@@ -62,6 +66,7 @@ class BandLayer(WaRALayer):
             b, n, g, r = rest.shape
             every = self.mixer.analysis @ rest.reshape(b, n, g * r)
             bands = list(every.reshape(b, -1, g, r).split(self.mixer.sizes, 1))
+            head = self.prefixed(head, bands)
             updated = torch.cat(self.bands(bands, rest), 1).reshape(b, -1, g * r)
             rest = (self.mixer.synthesis @ updated).reshape(b, n, g, r)
         return torch.cat([head, rest], 1).flatten(2)
@@ -110,6 +115,38 @@ class ScatterLayer(BandLayer):
         for c, e in zip(bands[1:4], self.energy.float().unbind(1), strict=True):
             low = low + c.abs() * e
         return [low, *rest]
+
+
+class PooledLayer(ScatterLayer):
+    """The same, and the class token sees the mean size of each detail band of the whole image."""
+
+    core_names = frozenset({"core", "energy", "pooled"})
+
+    def __init__(self, target: Target, tokens: Tokens, **low_rank: Any) -> None:
+        super().__init__(target, tokens, **low_rank)
+        self.pooled = nn.Parameter(torch.zeros_like(self.energy))
+
+    def prefixed(self, head: Tensor, bands: list[Tensor]) -> Tensor:
+        """Add the mean sizes."""
+        sizes = torch.stack([c.abs().mean(1) for c in bands[1:4]], 2)
+        return head + (sizes * self.pooled.float()).sum(2)[:, None]
+
+
+class GeluScatterLayer(ScatterLayer):
+    """GELU in the coefficients and sizes into LL."""
+
+    def bands(self, bands: list[Tensor], z: Tensor) -> list[Tensor]:
+        """Both."""
+        return super().bands([F.gelu(c) for c in bands], z)
+
+
+class TokenGeluLayer(BandLayer):
+    """A control: GELU of the tokens in rank space, no transform; gains of LL stand for all."""
+
+    def mix(self, z: Tensor) -> Tensor:
+        """Update `[b, n, g r]`."""
+        gain = self.core[:, 0].flatten()
+        return F.gelu(z.float()) * gain
 
 
 class ImageLayer(BandLayer):
@@ -174,6 +211,30 @@ class Scatter(_Banded):
 
     name: ClassVar[str] = "scatter"
     layer = ScatterLayer
+
+
+@options
+class Pooled(_Banded):
+    """Sizes of details into LL and the class token."""
+
+    name: ClassVar[str] = "pooled"
+    layer = PooledLayer
+
+
+@options
+class GeluScatter(_Banded):
+    """Both nonlinear forms."""
+
+    name: ClassVar[str] = "gelu_scatter"
+    layer = GeluScatterLayer
+
+
+@options
+class TokenGelu(_Banded):
+    """GELU without a transform."""
+
+    name: ClassVar[str] = "token_gelu"
+    layer = TokenGeluLayer
 
 
 @options
@@ -316,9 +377,39 @@ class FreeLayer(SubbandLayer):
             return torch.einsum("bpgj,gij->bpgi", z.to(core.dtype), core[:, 0])
 
 
+class ShiftLayer(FreeLayer):
+    """Diagonal cores and a constant beside them, which lives in LL: `ĉ_LL = K_LL c_LL + b`."""
+
+    core_names = frozenset({"free", "shift"})
+
+    def __init__(self, target: Target, tokens: Tokens, **low_rank: Any) -> None:
+        super().__init__(target, tokens, **low_rank)
+        self.shift = nn.Parameter(torch.zeros(self.groups * self.rank))
+
+    def mix(self, z: Tensor) -> Tensor:
+        """Update `[b, n, g r]`."""
+        return super().mix(z) + self.shift
+
+
+class OnlyShiftLayer(ShiftLayer):
+    """The constant alone: a bias in the basis of the weights."""
+
+    core_names = frozenset({"shift"})
+
+    def __init__(self, target: Target, tokens: Tokens, **low_rank: Any) -> None:
+        super().__init__(target, tokens, **low_rank)
+        del self.free
+        self.register_buffer("free", torch.zeros(self.groups, self.count, self.rank))
+
+    def mix(self, z: Tensor) -> Tensor:
+        """Update `[b, n, g r]`."""
+        return torch.zeros_like(z) + self.shift
+
+
 @options
 class _Free(SubbandMethod):
     form: ClassVar[str]
+    layer: ClassVar[type[FreeLayer]] = FreeLayer
     spread: ClassVar[bool] = True
     summary: ClassVar[str] = "cores train in the SVD basis"
     rates: ClassVar[Mapping[str, float]] = {"core": 5e-2, "head": 2e-3}
@@ -326,7 +417,7 @@ class _Free(SubbandMethod):
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         tokens = self.tokens(model)
         return [
-            FreeLayer(t, tokens, form=self.form, spread=self.spread, rank=self.rank,
+            self.layer(t, tokens, form=self.form, spread=self.spread, rank=self.rank,
                       scale=self.scaling)
             for t in targets
         ]  # fmt: skip
@@ -357,6 +448,24 @@ class FreeDiag(_Free):
     name: ClassVar[str] = "free_diag"
     form = "diag"
     rank: int = Field(31, ge=1, le=4096, description="r.")
+
+
+@options
+class FreeShift(FreeDiag):
+    """Diagonal cores and a constant."""
+
+    name: ClassVar[str] = "free_shift"
+    layer = ShiftLayer
+    rank: int = Field(16, ge=1, le=4096, description="r.")
+
+
+@options
+class OnlyShift(FreeDiag):
+    """A constant."""
+
+    name: ClassVar[str] = "only_shift"
+    layer = OnlyShiftLayer
+    rank: int = Field(83, ge=1, le=4096, description="r.")
 
 
 @options
