@@ -8,7 +8,7 @@ Each is held against LoRA at the same budget. Those that pay move into the packa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import ptwt
 import torch
@@ -29,11 +29,14 @@ from wara.adapters.targets import Target, TargetedMethod, block_indices
 from wara.adapters.wara import (
     SubbandLayer,
     SubbandMethod,
+    TinyWaRA,
+    TinyWaRALayer,
     Tokens,
     WaRA,
     WaRALayer,
     truncated_svd,
 )
+from wara.schema import from_list
 from wara.vit import block_names
 
 # -- what happens to the coefficients --------------------------------------------------------------
@@ -50,7 +53,7 @@ class BandLayer(WaRALayer):
         raise TypeError(f"{type(self).__name__} does not define bands")
 
     def prefixed(self, head: Tensor, bands: list[Tensor]) -> Tensor:
-        """Return the update of the prefix tokens `[b, p, g, r]`, given the subbands as they came."""
+        """Return the update of the prefix tokens `[b, p, g, r]`, given the subbands."""
         return head
 
     def gained(self, bands: list[Tensor]) -> list[Tensor]:
@@ -362,7 +365,8 @@ class FreeLayer(SubbandLayer):
         self.register_buffer("down", down)
         self.register_buffer("up", up)
         bands, r = len(self.mixer.names), self.rank
-        shape = {"full": (bands, r, r), "diag": (bands, r), "shared": (1, r, r)}[form]
+        shapes = {"full": (bands, r, r), "diag": (bands, r), "shared": (1, r, r), "gains": (1, r)}
+        shape = shapes[form]
         self.free = nn.Parameter(torch.zeros(self.groups, *shape))
         self.count = bands
 
@@ -451,6 +455,15 @@ class FreeDiag(_Free):
 
 
 @options
+class SharedDiag(_Free):
+    """Singular values alone, the same in all subbands."""
+
+    name: ClassVar[str] = "shared_diag"
+    form = "gains"
+    rank: int = Field(80, ge=1, le=4096, description="r.")
+
+
+@options
 class FreeShift(FreeDiag):
     """Diagonal cores and a constant."""
 
@@ -469,12 +482,119 @@ class OnlyShift(FreeDiag):
 
 
 @options
+class ShiftQO(OnlyShift):
+    """A constant, where it does not drop out: one of keys does, one of values is one of outputs."""
+
+    name: ClassVar[str] = "shift_qo"
+    targets: Annotated[tuple[str, ...], from_list] = ("q", "o")
+    rank: int = Field(166, ge=1, le=4096, description="r.")
+
+
+@options
+class DiagQO(FreeDiag):
+    """Diagonal cores of queries and outputs."""
+
+    name: ClassVar[str] = "diag_qo"
+    targets: Annotated[tuple[str, ...], from_list] = ("q", "o")
+    rank: int = Field(41, ge=1, le=4096, description="r.")
+
+
+@options
+class DiagShiftQO(FreeShift):
+    """Diagonal cores and a constant, of queries and outputs."""
+
+    name: ClassVar[str] = "diag_shift_qo"
+    targets: Annotated[tuple[str, ...], from_list] = ("q", "o")
+    rank: int = Field(33, ge=1, le=4096, description="r.")
+
+
+@options
+class GainShiftQO(FreeShift):
+    """Singular values, the same in all subbands, and a constant, of queries and outputs."""
+
+    name: ClassVar[str] = "gain_shift_qo"
+    form = "gains"
+    targets: Annotated[tuple[str, ...], from_list] = ("q", "o")
+    rank: int = Field(83, ge=1, le=4096, description="r.")
+
+
+@options
 class FreeOrthonormal(_Free):
     """`K_s` free between orthonormal bases."""
 
     name: ClassVar[str] = "free_orthonormal"
     form, spread = "full", False
     rank: int = Field(5, ge=1, le=4096, description="r.")
+
+
+class BandGainShiftLayer(ShiftLayer):
+    """`K_s = a_s diag(g)`, `a` a number for each subband, and a constant."""
+
+    core_names = frozenset({"free", "shift", "band"})
+
+    def __init__(self, target: Target, tokens: Tokens, **low_rank: Any) -> None:
+        super().__init__(target, tokens, **low_rank)
+        self.band = nn.Parameter(torch.ones(self.groups, self.count))
+
+    def cores(self) -> Tensor:
+        """Return `K_s`."""
+        return torch.diag_embed(self.free * self.band[:, :, None])
+
+
+@options
+class BandGainShiftQO(SubbandMethod):
+    """Singular values, a number for each subband, and a constant, of queries and outputs."""
+
+    name: ClassVar[str] = "band_gain_shift_qo"
+    summary: ClassVar[str] = "cores train in the SVD basis"
+    rates: ClassVar[Mapping[str, float]] = {"core": 5e-2, "head": 2e-3}
+    targets: Annotated[tuple[str, ...], from_list] = ("q", "o")
+    rank: int = Field(81, ge=1, le=4096, description="r.")
+
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
+        """Return a layer for each target."""
+        tokens = self.tokens(model)
+        return [
+            BandGainShiftLayer(t, tokens, form="gains", spread=True, rank=self.rank,
+                               scale=self.scaling)
+            for t in targets
+        ]  # fmt: skip
+
+
+class TinyShiftLayer(TinyWaRALayer):
+    """Tiny-WaRA and a constant beside it, in the basis of the weight at a rank of its own."""
+
+    core_names = frozenset({"vector", "shift"})
+
+    def __init__(self, target: Target, tokens: Tokens, *, wide: int, **rest: Any) -> None:
+        super().__init__(target, tokens, **rest)
+        _, up = truncated_svd(target.linear.weight, self.rows[:1], wide)
+        self.register_buffer("basis", up)
+        self.shift = nn.Parameter(torch.zeros(wide))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `[b, n, o]`."""
+        start, stop = self.rows[0]
+        constant = F.pad(self.basis @ self.shift, (start, self.out_features - stop))
+        return super().forward(x, weight, bias) + constant.to(x.dtype)
+
+
+@options
+class TinyShift(TinyWaRA):
+    """Tiny-WaRA and a constant of queries and outputs."""
+
+    name: ClassVar[str] = "tiny_shift"
+    wide: int = Field(102, ge=1, le=4096, description="Rank of the constant.")
+
+    def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
+        """Return a layer for each target."""
+        return [
+            TinyShiftLayer(
+                target, Tokens(layer.mixer, layer.prefix_tokens, layer.prefix), wide=self.wide,
+                vector=layer.vector, bases=layer.bases, rank=self.rank, scale=self.scaling,
+            )
+            for target, layer in zip(targets, super().build(model, targets), strict=True)
+        ]  # fmt: skip
 
 
 class NormLayer(AdapterLayer):

@@ -77,6 +77,8 @@ def _energies(adapter: SubbandLayer, x: Tensor) -> Tensor:
     pairs = zip(back, there, strict=True)
     bands = torch.stack([torch.einsum("nm,bmgj->bngj", *pair) for pair in pairs], 1)
     updated = torch.einsum("bsngj,gsij->bsngi", bands, adapter.full_cores().float())
+    if adapter.shift is not None:  # a constant lives in LL
+        updated[:, 0] += adapter.shift.float().reshape(adapter.groups, adapter.rank)
     ups = adapter.up.float().split(adapter.sizes)
     # ‖u Bᵀ‖² = u BᵀB uᵀ, so the width never appears.
     gram = torch.stack([up.T @ up for up in ups])

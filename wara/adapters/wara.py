@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from wara.adapters.lora import (
 from wara.adapters.targets import Target
 from wara.errors import WaraError
 from wara.memory import check_memory
+from wara.schema import from_list
 from wara.vit import prefix_count, token_layout
 from wara.wavelets import RANDOM, Boundary, GridTransformName, SubbandMixer
 
@@ -51,10 +52,14 @@ class SubbandLayer(LowRankLayer, TokenDomainLayer):
         **low_rank: `rank`, `scale` and `dropout` of `LowRankLayer`.
     """
 
+    shift: Tensor | None
+
     def __init__(self, target: Target, tokens: Tokens, **low_rank: Any) -> None:
         super().__init__(target, **low_rank)
         self.mixer = tokens.mixer
         self.prefix_tokens, self.prefix = tokens.prefix_tokens, tokens.prefix
+        # A constant in rank space, `[g r]`, added to what is mixed; for forms that have one.
+        self.register_parameter("shift", None)
 
     def cores(self) -> Tensor:
         """Return `K_s` of every row group: `[g, s]`, `[g, s, r]` or `[g, s, r, r]`."""
@@ -88,12 +93,19 @@ class SubbandLayer(LowRankLayer, TokenDomainLayer):
         prefix = self.split(z.shape[1])
         z = z.reshape(*z.shape[:2], self.groups, self.rank)
         core = self.cores()
-        patches = self.mixer(z[:, prefix:], core)
+        patches = self.shifted(self.mixer(z[:, prefix:], core).flatten(2))
         if prefix:
             head = z[:, :prefix]
-            head = head * 0 if self.prefix == "skip" else self.mix_prefix(head, core)
+            if self.prefix == "skip":
+                head = (head * 0).flatten(2)
+            else:
+                head = self.shifted(self.mix_prefix(head, core).flatten(2))
             patches = torch.cat([head.to(patches.dtype), patches], dim=1)
-        return patches.flatten(2)
+        return patches
+
+    def shifted(self, z: Tensor) -> Tensor:
+        """Return `z` `[b, n, g r]` with the constant added."""
+        return z if self.shift is None else z + self.shift.to(z.dtype)
 
 
 class WaRALayer(SubbandLayer):
@@ -123,8 +135,58 @@ class WaRALayer(SubbandLayer):
         return self.product() if same and self.prefix == "adapt" else None
 
 
-class TinyWaRALayer(SubbandLayer):
-    """Tiny-WaRA: `A = Σ^½ Vᵀ` and `B = U Σ^½` frozen, `K_s = Σ_i v_{s,i} Q_i` trained through `v`.
+class FrozenBasisLayer(SubbandLayer):
+    """What forms of Tiny-WaRA share: `A = Σ^½ Vᵀ` and `B = U Σ^½` of the weight, both frozen."""
+
+    def __init__(self, target: Target, tokens: Tokens, **low_rank: Any) -> None:
+        super().__init__(target, tokens, **low_rank)
+        down, up = truncated_svd(target.linear.weight, self.rows, self.rank)
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+
+    def mix_prefix(self, z: Tensor, core: Tensor) -> Tensor:
+        """Treat a prefix token as a constant image, which lives in the LL band alone.
+
+        `B A x` itself, as in WaRA, would not be zero at the start, for `A` and `B` are not.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(core.dtype)
+            if core.ndim == 3:
+                return z * core[:, 0]
+            return torch.einsum("bpgj,gij->bpgi", z, core[:, 0])
+
+    def merged_weight(self) -> Tensor | None:
+        """Return the change of weight while all cores of a group are equal, else `None`."""
+        if self.shift is not None and bool((self.shift != 0).any()):
+            return None  # a change of the bias as well
+        core = self.full_cores()
+        same = bool((core == core[:, :1]).all())
+        zero = bool((core == 0).all())
+        return self.product(core[:, 0]) if same and (zero or self.prefix == "adapt") else None
+
+
+class TinyWaRALayer(FrozenBasisLayer):
+    """Tiny-WaRA with diagonal cores and a constant: `ĉ_s = a_s diag(g) c_s`, and `b` in LL.
+
+    `g` and `b` have a number for each direction of the basis and start at zero, `a` has one for
+    each subband and starts at one.
+    """
+
+    core_names = frozenset({"gain", "band", "shift"})
+
+    def __init__(self, target: Target, tokens: Tokens, **low_rank: Any) -> None:
+        super().__init__(target, tokens, **low_rank)
+        self.gain = nn.Parameter(torch.zeros(self.groups, self.rank))
+        self.band = nn.Parameter(torch.ones(self.groups, len(self.mixer.names)))
+        self.shift = nn.Parameter(torch.zeros(self.groups * self.rank))
+
+    def cores(self) -> Tensor:
+        """Return the diagonals of `K_s = a_s diag(g)`, `[g, s, r]`."""
+        return self.band[:, :, None] * self.gain[:, None]
+
+
+class DirectionsLayer(FrozenBasisLayer):
+    """Tiny-WaRA with cores of fixed directions: `K_s = Σ_i v_{s,i} Q_i`, trained through `v`.
 
     Args:
         vector: `v`, shared with other layers when tied; `[g, s, u]` or `[u]`.
@@ -132,6 +194,8 @@ class TinyWaRALayer(SubbandLayer):
     """
 
     core_names = frozenset({"vector"})
+
+    bases: Tensor
 
     def __init__(
         self,
@@ -143,34 +207,14 @@ class TinyWaRALayer(SubbandLayer):
         **low_rank: Any,
     ) -> None:
         super().__init__(target, tokens, **low_rank)
-        down, up = truncated_svd(target.linear.weight, self.rows, self.rank)
-        self.register_buffer("down", down)
-        self.register_buffer("up", up)
         self.register_buffer("bases", bases)
         self.vector = vector
-
-    bases: Tensor
 
     def cores(self) -> Tensor:
         """Return `K_s = Σ_i v_{s,i} Q_i`, `[g, s, r, r]`."""
         if self.vector.ndim == 1:
             return torch.einsum("u,gsuij->gsij", self.vector, self.bases)
         return torch.einsum("gsu,guij->gsij", self.vector, self.bases)
-
-    def mix_prefix(self, z: Tensor, core: Tensor) -> Tensor:
-        """Treat a prefix token as a constant image, which lives in the LL band alone.
-
-        `B A x` itself, as in WaRA, would not be zero at the start, for `A` and `B` are not.
-        """
-        with torch.autocast(z.device.type, enabled=False):
-            return torch.einsum("bpgj,gij->bpgi", z.to(core.dtype), core[:, 0])
-
-    def merged_weight(self) -> Tensor | None:
-        """Return the change of weight while all cores of a group are equal, else `None`."""
-        core = self.cores()
-        same = bool((core == core[:, :1]).all())
-        zero = bool((core == 0).all())
-        return self.product(core[:, 0]) if same and (zero or self.prefix == "adapt") else None
 
 
 def truncated_svd(
@@ -308,17 +352,27 @@ class WaRA(InputDropout, SubbandMethod):
 class TinyWaRA(SubbandMethod):
     """Tiny-WaRA (arXiv 2506.24092 v2): a few coefficients in a fixed SVD basis of each weight.
 
-    How they act, through cores of random directions, is this project's reading; see docs/wara.md.
+    How they act is this project's reading; see docs/wara.md. By default the singular values train,
+    a gain for each subband, and a constant; with `coefficients`, cores are sums of that many
+    random directions. Queries and outputs are adapted: a constant of keys drops out of attention,
+    and one of values is one of outputs.
     """
 
     name: ClassVar[str] = "tiny_wara"
     summary: ClassVar[str] = "WaRA with a fixed SVD basis; only a few coefficients train"
     rates: ClassVar[Mapping[str, float]] = {"core": 5e-2, "head": 2e-3}
-    # The rank of the basis stays at its default, so that it is the same wherever budgets are.
-    knob: ClassVar[tuple[str, ...]] = ("coefficients", "rank")
+    knob: ClassVar[tuple[str, ...]] = ("rank", "coefficients")
 
-    rank: int = Field(8, ge=1, le=MOST_RANK, description="Rank r of the fixed basis.")
-    coefficients: int = Field(8, ge=1, le=1_000_000, description="Trained numbers u per core.")
+    targets: Annotated[tuple[str, ...], from_list] = Field(
+        ("q", "o"), description="What is adapted: q k v o qkv fc1 fc2, or patterns."
+    )
+    rank: int = Field(32, ge=1, le=MOST_RANK, description="Rank r of the fixed basis.")
+    coefficients: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Random directions u of a core; null: diagonal cores and a constant.",
+    )
     share: Literal["subband", "layer", "model"] = Field(
         "subband", description="What has coefficients of its own; model trains u numbers in all."
     )
@@ -326,34 +380,50 @@ class TinyWaRA(SubbandMethod):
         0, ge=0, lt=2**63, description="Draws the directions, stored; and a random transform."
     )
 
+    @property
+    def directions(self) -> int | None:
+        """Directions `u` of a core: eight where only what shares them is set; `None` for none."""
+        tied = self.share != "subband"
+        return 8 if tied and self.coefficients is None else self.coefficients
+
+    @property
+    def turns(self) -> str:
+        """What a budget sets: the directions where there are some, else the rank."""
+        return "rank" if self.directions is None else "coefficients"
+
     def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
         """Return 1, and the freedom that one vector `v` can have: entries of the cores it sets."""
+        if self.directions is None:
+            return super().knob_range(targets)
         cores = 3 * self.level + 1
         groups = [len(target.rows) for target in targets]
         shared = {"subband": 1, "layer": cores * min(groups), "model": cores * sum(groups)}
         return 1, shared[self.share] * self.rank**2
 
-    def check_size(self, targets: Sequence[Target]) -> None:
+    def check_size(self, targets: Sequence[Target], count: int) -> None:
         """Refuse more coefficients than a weight has entries, and directions that do not fit.
 
         Raises:
             WaraError: kind `config` or `resources`.
         """
         entries = min(o * d for target in targets for o, d in target.shapes)
-        what = f"coefficients is {self.coefficients}, and a matrix has {entries} entries"
-        require(self.coefficients <= entries, what, "coefficients", f"set at most {entries}")
+        what = f"coefficients is {count}, and a matrix has {entries} entries"
+        require(count <= entries, what, "coefficients", f"set at most {entries}")
         subbands = 1 if self.share == "subband" else 3 * self.level + 1
         groups = sum(len(target.rows) for target in targets)
-        needed = 4 * groups * subbands * self.coefficients * self.rank**2
+        needed = 4 * groups * subbands * count * self.rank**2
         remedy = "lower adapter.coefficients or adapter.rank"
         check_memory(needed, "the fixed directions", "adapter.coefficients", remedy)
 
     def build(self, model: nn.Module, targets: Sequence[Target]) -> list[LinearAdapter]:
         """Return one layer per target, all with the same transform."""
-        self.check_size(targets)
-        tokens = self.tokens(model)
+        tokens, u = self.tokens(model), self.directions
+        low_rank: Any = {"rank": self.rank, "scale": self.scaling}
+        if u is None:
+            return [TinyWaRALayer(target, tokens, **low_rank) for target in targets]
+        self.check_size(targets, u)
         generator = torch.Generator().manual_seed(self.seed)
-        subbands, u, r = len(tokens.mixer.names), self.coefficients, self.rank
+        subbands, r = len(tokens.mixer.names), self.rank
         shared = nn.Parameter(torch.zeros(u)) if self.share == "model" else None
         layers: list[LinearAdapter] = []
         for target in targets:
@@ -369,6 +439,5 @@ class TinyWaRA(SubbandMethod):
                 vector = nn.Parameter(torch.zeros(groups, subbands, u))
             else:
                 vector = nn.Parameter(torch.zeros(u)) if shared is None else shared
-            low_rank: Any = {"rank": r, "scale": self.scaling}
-            layers.append(TinyWaRALayer(target, tokens, vector=vector, bases=bases, **low_rank))
+            layers.append(DirectionsLayer(target, tokens, vector=vector, bases=bases, **low_rank))
         return layers

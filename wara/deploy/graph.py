@@ -56,6 +56,7 @@ class FrozenSubbands(nn.Module):
     core: Tensor
     down: Tensor
     up: Tensor
+    shift: Tensor | None
 
     def __init__(self, linear: nn.Linear, adapter: SubbandLayer) -> None:
         super().__init__()
@@ -75,6 +76,11 @@ class FrozenSubbands(nn.Module):
             core = torch.cat([g.expand(n, -1) for g, n in zip(gains, self.sizes, strict=True)])
         else:  # a block per row group: `[s, g r, g r]`, to be multiplied from the right
             core = torch.stack([torch.block_diag(*each).T for each in cores.unbind(1)])
+        self.register_buffer("shift", None)
+        if adapter.shift is not None:  # as coefficients, of which those of LL alone are not zero
+            shift = adapter.shift.detach().expand(adapter.mixer.tokens, -1)
+            prefix = shift[:1].expand(self.prefix, -1) * (not skip)
+            self.shift = torch.cat([prefix, adapter.mixer.analysis @ shift.float()])
         constants = {
             "down": adapter.down.T,
             "up": adapter.scale * adapter.block_up().T,
@@ -95,6 +101,8 @@ class FrozenSubbands(nn.Module):
         else:
             parts = zip(z.split(sizes, 1), self.core, strict=True)
             z = torch.cat([part @ core for part, core in parts], 1)
+        if self.shift is not None:
+            z = z + self.shift[gone:]
         update = (self.synthesis[gone:, gone:] @ z) @ self.up
         return nn.functional.linear(x, self.weight, self.bias) + update
 
