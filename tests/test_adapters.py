@@ -128,10 +128,12 @@ def test_identity_cores_equal_lora_exactly(layout: str) -> None:
         assert not torch.allclose(model(x), lora(x), atol=1e-3)
 
 
-def test_tiny_wara_equals_the_step_by_step_form() -> None:
+@pytest.mark.parametrize("coefficients", [None, 5])
+def test_tiny_wara_equals_the_step_by_step_form(coefficients: int | None) -> None:
     model = small_vit(img_size=(40, 72), reg_tokens=2)
     base = copy.deepcopy(model).double()
-    wara.adapt(model, wara.TinyWaRA(rank=4, coefficients=5, level=2)).double()
+    method = wara.TinyWaRA(rank=4, coefficients=coefficients, level=2, targets=["q", "k", "v"])
+    wara.adapt(model, method).double()
     stir(model, 1.0)
     layer = adapted_layers(model)["blocks.2.attn.qkv"]
     adapter: Any = layer.adapter
@@ -142,12 +144,16 @@ def test_tiny_wara_equals_the_step_by_step_form() -> None:
         down, up = sigma[:4].sqrt()[:, None] * vh[:4], u[:, :4] * sigma[:4].sqrt()
         sign = torch.sign(u[u[:, :4].abs().argmax(0), range(4)])
         down, up = down * sign[:, None], up * sign
-        cores = torch.stack(
-            [
-                sum(v * q for v, q in zip(row, adapter.bases[g], strict=True))
-                for row in adapter.vector[g]
-            ]
-        )
+        if coefficients is None:
+            cores = torch.stack([a * torch.diag(adapter.gain[g]) for a in adapter.band[g]])
+            expected[..., start:stop] += up @ adapter.shift[4 * g : 4 * g + 4]
+        else:
+            cores = torch.stack(
+                [
+                    sum(v * q for v, q in zip(row, adapter.bases[g], strict=True))
+                    for row in adapter.vector[g]
+                ]
+            )
         delta = wara_update(x, down, up, cores, (5, 9), prefix_tokens=3, level=2, prefix="skip")
         delta[:, :3] = x[:, :3] @ down.T @ cores[0].T @ up.T
         expected[..., start:stop] += delta
@@ -159,7 +165,8 @@ def test_tiny_wara_shares_down_to_a_handful_of_numbers() -> None:
     base = small_vit()
     counts = {}
     for share in ("subband", "layer", "model"):
-        model = wara.adapt(copy.deepcopy(base), wara.TinyWaRA(rank=4, coefficients=6, share=share))
+        method = wara.TinyWaRA(rank=4, coefficients=6, share=share, targets=["q", "k", "v", "o"])
+        model = wara.adapt(copy.deepcopy(base), method)
         counts[share] = count_parameters(model)["adapter"]
         stir(model)
         cores = [m.adapter.cores() for m in adapted_layers(model).values()]

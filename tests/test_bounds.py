@@ -213,16 +213,16 @@ def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_made(monkeypatc
 
 
 def test_fixed_directions_that_memory_cannot_hold_are_refused(monkeypatch) -> None:
-    # 8 matrices, 8 coefficients, 8 x 8 directions of float32.
-    needed = 8 * 8 * 64 * 4
-    model = vit()
+    # Queries and outputs of 2 blocks, 8 coefficients, 8 x 8 directions of float32.
+    needed = 4 * 8 * 64 * 4
+    model, method = vit(), wara.TinyWaRA(coefficients=8, rank=8)
     for free, fits in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(memory, "available_memory", lambda free=free: free)
         if fits:
-            wara.unload(wara.adapt(model, wara.TinyWaRA()))
+            wara.unload(wara.adapt(model, method))
             continue
         with pytest.raises(WaraError) as caught:
-            wara.adapt(model, wara.TinyWaRA())
+            wara.adapt(model, method)
         assert caught.value.exit_code == 7 and "adapter.coefficients" in str(caught.value)
 
 

@@ -34,9 +34,7 @@ needs = {
     for name in METHODS
 }
 each = pytest.mark.parametrize("name", [pytest.param(n, marks=needs[n]) for n in SIZED])
-each_targeted = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=needs[n]) for n in TARGETED]
-)
+each_targeted = pytest.mark.parametrize("name", [pytest.param(n, marks=needs[n]) for n in TARGETED])
 
 
 def small_vit(**options: Any) -> VisionTransformer:
@@ -133,10 +131,12 @@ def test_sizes_hold_for_other_options(name: str, options: dict[str, Any]) -> Non
 def test_no_neighbour_is_nearer(name: str) -> None:
     model = small_vit()
     for budget in ("3*lora_r1", "lora_r5", "12.5*lora_r1"):
-        method: Any = method_from_options(name, {})
+        # With a rank alone Tiny-WaRA cannot be as large.
+        own = {"coefficients": 1} if name == "tiny_wara" else {}
+        method: Any = method_from_options(name, own)
         fitted, wanted, got = fit(method, model, budget)
         targets = method.find(model)
-        option = method.knob[0]
+        option = method.turns
         value = getattr(fitted, option)
         for other in range(max(1, value - 3), value + 4):
             if option == "init_rank" and other <= fitted.rank:
@@ -160,11 +160,13 @@ def test_methods_meet_the_budget_of_a_real_model() -> None:
         assert fit(METHODS[name](), model, "lora_r4")[1:] == (wanted, wanted)
 
 
-def test_tiny_wara_stops_where_more_coefficients_add_nothing() -> None:
+def test_tiny_wara_stops_where_more_adds_nothing() -> None:
     model = small_vit()
-    method = method_from_options("tiny_wara", {"rank": 3})
+    method = method_from_options("tiny_wara", {"rank": 3, "coefficients": 1})
     fitted: Any = fit(method, model, "lora_r64")[0]
     assert fitted.coefficients == 9  # A core has nine entries.
+    fitted = fit(method_from_options("tiny_wara", {}), model, "lora_r64")[0]
+    assert fitted.rank == 48 and fitted.coefficients is None  # The side of a matrix.
 
 
 def test_adalora_starts_above_the_rank_it_ends_with() -> None:

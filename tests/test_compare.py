@@ -476,8 +476,10 @@ def test_a_plan_runs_nothing(whole: Whole, tmp_path: Path, capsys: Any) -> None:
         (["--methods", "lora,bitfit", "--budget", "lora_r2"], "cannot meet a budget"),
         (["--methods", "lora,wara", "--budget", "0.001*lora_r1"], "has at least"),
         (["--methods", "lora,ssf", "--budget", "lora_r1"], "trains is fixed, so it cannot meet"),
-        (["--methods", "lora,vpt", "--budget", "lora_r1", "--set", "adapter.targets=[q, v]"],
-         "'vpt' has no targets, so its budget is measured on q, k, v and o"),
+        (
+            ["--methods", "lora,vpt", "--budget", "lora_r1", "--set", "adapter.targets=[q, v]"],
+            "'vpt' has no targets, so its budget is measured on q, k, v and o",
+        ),
         (["--methods", "lora,convpass", "--budget", "0.1*lora_r1"], "'convpass' has at least"),
         (["--metric", "auc"], "there is no metric 'auc'"),
         (["--tune", "lr=2"], "an odd number"),

@@ -28,7 +28,7 @@ from wara.errors import WaraError
 # Methods that sit elsewhere are in `ELSEWHERE`.
 KEYS: dict[str, tuple[set[str], set[str]]] = {
     "wara": ({"down", "up", "core"}, set()),
-    "tiny_wara": ({"vector"}, {"down", "up", "bases"}),
+    "tiny_wara": ({"gain", "band", "shift"}, {"down", "up"}),
     "lora": ({"down", "up"}, set()),
     "waveft": ({"coefficients"}, {"places"}),
     "shira": ({"coefficients"}, {"places"}),
@@ -59,7 +59,7 @@ KEYS: dict[str, tuple[set[str], set[str]]] = {
 }
 # Small enough for narrow models; everything else is the default.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "tiny_wara": {"rank": 4},
+    "tiny_wara": {"rank": 4, "targets": ["q", "k", "v", "o"]},
     "adalora": {"rank": 2},
     "vera": {"rank": 16},
     "lokr": {"rank": 2, "decompose_factor": 4},
