@@ -34,6 +34,8 @@ from wara.backbones import build_backbone
 from wara.images import ImageSpec, load_tensor
 
 LR, WARMUP = 2e-3, 0.1
+# Tiny-WaRA as it was when its rows were measured.
+FORMER = {"coefficients": 8, "rank": 8, "targets": ["q", "k", "v", "o"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "probe": {"method": "linear_probe"},
     "lora": {"method": "lora"},
@@ -49,8 +51,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diag x50 level 3": {"method": "wara", "core": "diag", "lr_core": 50, "level": 3},
     "diag x50 skip": {"method": "wara", "core": "diag", "lr_core": 50, "prefix": "skip"},
     "diag x50 db2": {"method": "wara", "core": "diag", "lr_core": 50, "wavelet": "db2"},
-    "tiny x1": {"method": "tiny_wara", "lr_core": 1},
-    "tiny x10": {"method": "tiny_wara", "lr_core": 10},
+    "tiny x1": {"method": "tiny_wara", **FORMER, "lr_core": 1},
+    "tiny x10": {"method": "tiny_wara", **FORMER, "lr_core": 10},
     "lora lr x2.5": {"method": "lora", "lr": 2.5},
     "diag x50 lr x2.5": {"method": "wara", "core": "diag", "lr_core": 50, "lr": 2.5},
 }

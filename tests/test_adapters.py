@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import wara
 from wara.adapters import (
+    adapter_state_dict,
     count_parameters,
     method_from_options,
     parameter_groups,
@@ -439,6 +440,46 @@ def test_analysis_agrees_with_direct_computation() -> None:
     torch.testing.assert_close(
         spectra["HL_1"], torch.linalg.svdvals(dense.detach())[:3], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("boundary", ["symmetric", "zero"])
+def test_energies_hold_the_constant_of_tiny_wara(boundary: Any) -> None:
+    """It is one more channel of the input, of ones, which lives where its bands say."""
+    model = small_vit(img_size=(40, 72))
+    wara.adapt(model, wara.TinyWaRA(rank=3, boundary=boundary))
+    stir(model)
+    x = images(model)
+    seen: list[Tensor] = []
+    layer = adapted_layers(model)["blocks.0.attn.proj"]
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    energy = subband_energy(model, x)["blocks.0.attn.proj"]
+    handle.remove()
+    adapter: Any = layer.adapter
+    tokens = torch.cat([seen[0], torch.ones_like(seen[0][..., :1])], -1)
+    down = torch.block_diag(adapter.down, torch.ones(1, 1))
+    up = torch.cat([adapter.up, (adapter.up @ adapter.shift)[:, None]], 1)
+    for s, name in enumerate(adapter.mixer.names):
+        cores = torch.zeros(len(adapter.mixer.names), 4, 4)
+        cores[s] = torch.block_diag(adapter.full_cores()[0, s], torch.ones(1, 1))
+        delta = wara_update(tokens, down, up, cores, (5, 9), prefix_tokens=1, boundary=boundary)
+        assert energy[name] == pytest.approx(delta[:, 1:].square().sum().item() / 2, rel=1e-4)
+
+
+def test_tiny_wara_of_earlier_files_is_what_it_was() -> None:
+    """They hold all options, so the form that is the default now does not touch them."""
+    options = {
+        "targets": ["q", "k", "v", "o"], "blocks": "all", "budget": None, "rank": 8, "alpha": None,
+        "prefix": "adapt", "wavelet": "haar", "level": 1, "boundary": "symmetric", "seed": 0,
+        "coefficients": 8, "share": "subband",
+    }  # fmt: skip
+    method = wara.adapters.method_from_options("tiny_wara", options)
+    assert method.options() == options
+    model = wara.adapt(small_vit(), method)
+    stored = {name.rsplit(".", 1)[1] for name in adapter_state_dict(model) if "adapter" in name}
+    assert stored == {"vector", "down", "up", "bases"}
+    first: Any = adapted_layers(model)["blocks.0.attn.qkv"].adapter
+    drawn = torch.randn(3, 8, 8, 8, generator=torch.Generator().manual_seed(0)) / 8**0.5
+    assert torch.equal(first.bases, drawn)
 
 
 def test_distilled_models_train_both_heads() -> None:

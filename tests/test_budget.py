@@ -131,19 +131,15 @@ def test_sizes_hold_for_other_options(name: str, options: dict[str, Any]) -> Non
 def test_no_neighbour_is_nearer(name: str) -> None:
     model = small_vit()
     for budget in ("3*lora_r1", "lora_r5", "12.5*lora_r1"):
-        # With a rank alone Tiny-WaRA cannot be as large.
-        own = {"coefficients": 1} if name == "tiny_wara" else {}
-        method: Any = method_from_options(name, own)
+        method: Any = method_from_options(name, {})
         fitted, wanted, got = fit(method, model, budget)
         targets = method.find(model)
-        option = method.turns
+        option = method.knob[0]
         value = getattr(fitted, option)
         for other in range(max(1, value - 3), value + 4):
             if option == "init_rank" and other <= fitted.rank:
                 continue
-            if name == "tiny_wara" and other > fitted.rank**2:
-                continue
-            if name == "apla" and other > 48:  # all rows
+            if name in ("apla", "tiny_wara") and other > 48:  # all rows, all directions
                 continue
             changed = replace(fitted, **{option: other})
             size = size_of(changed, model, targets)
@@ -160,13 +156,14 @@ def test_methods_meet_the_budget_of_a_real_model() -> None:
         assert fit(METHODS[name](), model, "lora_r4")[1:] == (wanted, wanted)
 
 
-def test_tiny_wara_stops_where_more_adds_nothing() -> None:
+def test_tiny_wara_stops_at_the_side_of_a_matrix() -> None:
     model = small_vit()
-    method = method_from_options("tiny_wara", {"rank": 3, "coefficients": 1})
-    fitted: Any = fit(method, model, "lora_r64")[0]
-    assert fitted.coefficients == 9  # A core has nine entries.
-    fitted = fit(method_from_options("tiny_wara", {}), model, "lora_r64")[0]
-    assert fitted.rank == 48 and fitted.coefficients is None  # The side of a matrix.
+    fitted: Any = fit(method_from_options("tiny_wara", {}), model, "lora_r64")[0]
+    assert fitted.rank == 48 and fitted.coefficients is None
+    for own in ({"coefficients": 2}, {"share": "layer"}):  # sized by these, not by a rank
+        with pytest.raises(WaraError, match="leave out the budget") as caught:
+            fit(method_from_options("tiny_wara", own), model, "lora_r1")
+        assert caught.value.kind == "config"
 
 
 def test_adalora_starts_above_the_rank_it_ends_with() -> None:

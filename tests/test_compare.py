@@ -478,7 +478,11 @@ def test_a_plan_runs_nothing(whole: Whole, tmp_path: Path, capsys: Any) -> None:
         (["--methods", "lora,ssf", "--budget", "lora_r1"], "trains is fixed, so it cannot meet"),
         (
             ["--methods", "lora,vpt", "--budget", "lora_r1", "--set", "adapter.targets=[q, v]"],
-            "'vpt' has no targets, so its budget is measured on q, k, v and o",
+            "'vpt' has its budget measured on q, k, v and o, not on these targets",
+        ),
+        (
+            ["--methods", "lora,apla", "--budget", "lora_r1", "--set", "adapter.targets=[o]"],
+            "'apla' has its budget measured on q, k, v and o, not on these targets",
         ),
         (["--methods", "lora,convpass", "--budget", "0.1*lora_r1"], "'convpass' has at least"),
         (["--metric", "auc"], "there is no metric 'auc'"),

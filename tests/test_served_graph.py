@@ -22,6 +22,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "wara full": {"method": "wara", "core": "full", "level": 2, "rank": 3},
     "wara skip": {"method": "wara", "core": "full", "prefix": "skip", "rank": 3},
     "tiny_wara": {"method": "tiny_wara", "rank": 3},
+    "tiny_wara skip": {"method": "tiny_wara", "rank": 5, "prefix": "skip", "boundary": "zero"},
+    "tiny_wara directions": {"method": "tiny_wara", "rank": 3, "coefficients": 4, "level": 2},
 }
 
 

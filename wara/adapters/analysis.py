@@ -25,7 +25,8 @@ def _group_names(name: str, layer: AdaptedLinear) -> list[str]:
 def subband_energy(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
     """Measure how much of the learned update lies in each subband (WaRA, Fig. 2).
 
-    The energy of subband `s` in a layer is `‖(α/r) P_s A x K_sᵀ Bᵀ‖²`, summed over patch tokens and
+    The energy of subband `s` in a layer is `‖(α/r) P_s (A x K_sᵀ + b) Bᵀ‖²`, `b` the constant where
+    there is one, summed over patch tokens and
     output channels, averaged over images.
 
     Args:
@@ -77,8 +78,11 @@ def _energies(adapter: SubbandLayer, x: Tensor) -> Tensor:
     pairs = zip(back, there, strict=True)
     bands = torch.stack([torch.einsum("nm,bmgj->bngj", *pair) for pair in pairs], 1)
     updated = torch.einsum("bsngj,gsij->bsngi", bands, adapter.full_cores().float())
-    if adapter.shift is not None:  # a constant lives in LL
-        updated[:, 0] += adapter.shift.float().reshape(adapter.groups, adapter.rank)
+    if adapter.shift is not None:
+        ones = mixer.analysis.to(z).sum(1).split(mixer.sizes)
+        parts = torch.stack([s @ a for s, a in zip(back, ones, strict=True)])  # P_s 1
+        shift = adapter.shift.float().reshape(adapter.groups, 1, adapter.rank)
+        updated = updated + parts[:, :, None, None] * shift[:, 0]
     ups = adapter.up.float().split(adapter.sizes)
     # ‖u Bᵀ‖² = u BᵀB uᵀ, so the width never appears.
     gram = torch.stack([up.T @ up for up in ups])

@@ -150,7 +150,7 @@ def _last(start: int, holds: Callable[[int], bool], most: int | None) -> int:
 
 def _is_full(method: SizedMethod, targets: Sequence[Target]) -> bool:
     """Whether more of the knob would add nothing, so that the method can have no larger size."""
-    return getattr(method, method.turns) == method.knob_range(targets)[1]
+    return getattr(method, method.knob[0]) == method.knob_range(targets)[1]
 
 
 def _rounded(number: float, way: Callable[[float], int]) -> str:

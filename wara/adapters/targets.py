@@ -293,14 +293,9 @@ class SizedMethod(BlocksMethod):
         """Return the least and the most useful value of the knob, `None` for no limit."""
         return 1, None
 
-    @property
-    def turns(self) -> str:
-        """What a budget sets of the knob."""
-        return self.knob[0]
-
     def turned(self, value: int) -> SizedMethod:
         """Return the method with its knob at a value."""
-        change: dict[str, Any] = {self.turns: value}
+        change: dict[str, Any] = {self.knob[0]: value}
         return replace(self, **change)
 
     def forms(self) -> Sequence[SizedMethod]:

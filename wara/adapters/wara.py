@@ -386,19 +386,15 @@ class TinyWaRA(SubbandMethod):
         tied = self.share != "subband"
         return 8 if tied and self.coefficients is None else self.coefficients
 
-    @property
-    def turns(self) -> str:
-        """What a budget sets: the directions where there are some, else the rank."""
-        return "rank" if self.directions is None else "coefficients"
-
     def knob_range(self, targets: Sequence[Target]) -> tuple[int, int | None]:
-        """Return 1, and the freedom that one vector `v` can have: entries of the cores it sets."""
-        if self.directions is None:
-            return super().knob_range(targets)
-        cores = 3 * self.level + 1
-        groups = [len(target.rows) for target in targets]
-        shared = {"subband": 1, "layer": cores * min(groups), "model": cores * sum(groups)}
-        return 1, shared[self.share] * self.rank**2
+        """Return 1, and the side of a matrix.
+
+        Raises:
+            WaraError: kind `config` for a form with directions, which a rank does not size.
+        """
+        what = f"'{self.name}' with share or coefficients has the size that these give it"
+        require(self.directions is None, what, "budget", "leave out the budget, or these")
+        return super().knob_range(targets)
 
     def check_size(self, targets: Sequence[Target], count: int) -> None:
         """Refuse more coefficients than a weight has entries, and directions that do not fit.

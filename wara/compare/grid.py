@@ -309,9 +309,11 @@ def _options(
     if not cls.knob:
         what = f"what '{class_key(cls)}' trains is fixed, so it cannot meet a budget"
         raise WaraError("config", what, "--methods", "leave it out, or compare without a budget")
-    if "targets" not in fields_of(cls) and where != set(ATTENTION):
+    field = fields_of(cls).get("targets")
+    fixed = field is None or (source is not cls and where == set(field.default))
+    if fixed and where != set(ATTENTION):
         # Its budget would be measured on others than those of the methods beside it.
-        what = f"'{class_key(cls)}' has no targets, so its budget is measured on q, k, v and o"
+        what = f"'{class_key(cls)}' has its budget measured on q, k, v and o, not on these targets"
         raise WaraError("config", what, "adapter.targets", "leave them out, or the method")
     kept = {k: v for k, v in options.items() if k not in cls.knob or k in own}
     return kept | {"budget": wanted}
