@@ -416,10 +416,8 @@ def test_an_input_of_another_size_is_refused_and_not_misread() -> None:
         model(torch.randn(1, 3, 64, 64))
 
 
-def test_analysis_agrees_with_direct_computation() -> None:
-    model = small_vit(img_size=(40, 72))
-    wara.adapt(model, wara.WaRA(core="full", rank=3, alpha=6.0))
-    stir(model)
+def energy_of_proj(model: Any) -> tuple[Tensor, dict[str, float], Any]:
+    """Return what the first output projection sees, its energies, and its adapter."""
     x = images(model)
     seen: list[Tensor] = []
     layer = adapted_layers(model)["blocks.0.attn.proj"]
@@ -427,11 +425,19 @@ def test_analysis_agrees_with_direct_computation() -> None:
     energy = subband_energy(model, x)["blocks.0.attn.proj"]
     handle.remove()
     adapter: Any = layer.adapter
+    return seen[0], energy, adapter
+
+
+def test_analysis_agrees_with_direct_computation() -> None:
+    model = small_vit(img_size=(40, 72))
+    wara.adapt(model, wara.WaRA(core="full", rank=3, alpha=6.0))
+    stir(model)
+    tokens, energy, adapter = energy_of_proj(model)
     zero = torch.zeros_like(adapter.core[0])
     for s, name in enumerate(adapter.mixer.names):
         cores = zero.clone()
         cores[s] = adapter.core[0, s]
-        delta = wara_update(seen[0], adapter.down, adapter.up, cores, (5, 9), prefix_tokens=1)
+        delta = wara_update(tokens, adapter.down, adapter.up, cores, (5, 9), prefix_tokens=1)
         expected = (2.0 * delta[:, 1:]).square().sum().item() / 2
         assert energy[name] == pytest.approx(expected, rel=1e-4)
     spectra = singular_values(model)["blocks.0.attn.qkv[k]"]
@@ -448,14 +454,8 @@ def test_energies_hold_the_constant_of_tiny_wara(boundary: Any) -> None:
     model = small_vit(img_size=(40, 72))
     wara.adapt(model, wara.TinyWaRA(rank=3, boundary=boundary))
     stir(model)
-    x = images(model)
-    seen: list[Tensor] = []
-    layer = adapted_layers(model)["blocks.0.attn.proj"]
-    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    energy = subband_energy(model, x)["blocks.0.attn.proj"]
-    handle.remove()
-    adapter: Any = layer.adapter
-    tokens = torch.cat([seen[0], torch.ones_like(seen[0][..., :1])], -1)
+    tokens, energy, adapter = energy_of_proj(model)
+    tokens = torch.cat([tokens, torch.ones_like(tokens[..., :1])], -1)
     down = torch.block_diag(adapter.down, torch.ones(1, 1))
     up = torch.cat([adapter.up, (adapter.up @ adapter.shift)[:, None]], 1)
     for s, name in enumerate(adapter.mixer.names):
