@@ -34,7 +34,9 @@ needs = {
     for name in METHODS
 }
 each = pytest.mark.parametrize("name", [pytest.param(n, marks=needs[n]) for n in SIZED])
-each_targeted = pytest.mark.parametrize("name", [pytest.param(n, marks=needs[n]) for n in TARGETED])
+each_targeted = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs[n]) for n in TARGETED]
+)
 
 
 def small_vit(**options: Any) -> VisionTransformer:

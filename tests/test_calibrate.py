@@ -127,7 +127,9 @@ def test_before_and_after_are_those_of_the_cases(made: Path, bundle: Path, outpu
     assert worse == (told["warning"] is not None) == ("**Warning:**" in card)
 
 
-def test_what_it_predicts_follows_the_new_numbers(made: Path, cases: Path, outputs: Any) -> None:
+def test_what_it_predicts_follows_the_new_numbers(
+    made: Path, cases: Path, outputs: Any
+) -> None:
     labels, logits, _ = outputs
     predictor = Predictor(made, abstain_on=("ood", "ambiguous"))
     point = predictor.bundle.manifest["operating_point"]
@@ -192,7 +194,9 @@ def test_too_few_cases_are_counted(bundle: Path, cases: Path, tmp_path: Path) ->
 
 def test_a_class_without_cases_is_named(bundle: Path, cases: Path, tmp_path: Path) -> None:
     some = shortened(cases, tmp_path / "some", lambda row: ",rough," not in row)
-    (tmp_path / "grain.yaml").write_text(CARD.replace("data/labels.csv", str(some / "labels.csv")))
+    (tmp_path / "grain.yaml").write_text(
+        CARD.replace("data/labels.csv", str(some / "labels.csv"))
+    )
     with pytest.raises(WaraError) as caught:
         calibrate(bundle, str(tmp_path / "grain.yaml"), tmp_path / "out", say=quiet)
     assert "no case is of class rough (calm 30, mixed 26, rough 0)" in str(caught.value)

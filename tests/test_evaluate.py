@@ -377,10 +377,9 @@ def test_a_run_says_what_its_bundle_says_and_knows_its_images(
     made = evaluate(run, str(both), tmp_path / "out", Request(bootstrap=0), say=quiet)
     said = content(made)
     assert said["data"]["learnt_from"] == 1 and content(out)["data"]["learnt_from"] is None
-    assert (
-        "1 of 79 images are among those that the model learnt from"
-        in (made / "report.md").read_text()
-    )
+    assert "1 of 79 images are among those that the model learnt from" in (
+        made / "report.md"
+    ).read_text()
     assert said["model"]["temperature"] == pytest.approx(
         content(out)["model"]["temperature"], abs=1e-3
     )

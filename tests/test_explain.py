@@ -310,7 +310,9 @@ def words_of(bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     """Return what is written on the first picture."""
     kept: list[Any] = []
     save = explain.save
-    monkeypatch.setattr(explain, "save", lambda fig, *rest: kept.append(fig) or save(fig, *rest))
+    monkeypatch.setattr(
+        explain, "save", lambda fig, *rest: kept.append(fig) or save(fig, *rest)
+    )
     assert predicted(bundle, images, "--explain", str(images.parent / "p"), "--allow-partial") == 0
     return [t.get_text() for t in kept[0].findobj(lambda artist: hasattr(artist, "get_text"))]
 

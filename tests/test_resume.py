@@ -69,7 +69,9 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, batch: int, how: Any) -> None:
     monkeypatch.setattr(FineTuning, "training_step", step)
 
 
-@pytest.mark.parametrize("batch", [6, *(pytest.param(b, marks=pytest.mark.slow) for b in (1, 14))])
+@pytest.mark.parametrize(
+    "batch", [6, *(pytest.param(b, marks=pytest.mark.slow) for b in (1, 14))]
+)
 def test_stopped_and_resumed_is_bit_identical(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int,
     capsys: pytest.CaptureFixture[str],

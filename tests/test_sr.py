@@ -320,7 +320,9 @@ def test_reports_are_not_begun_in_the_middle(
     assert len(written(tmp_path / "sr")) == 3
 
 
-def test_without_highdicom(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_highdicom(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(WaraError, match="highdicom is not installed") as caught:
         Reports(tmp_path, Predictor(bundle).bundle)

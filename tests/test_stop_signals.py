@@ -116,7 +116,6 @@ def test_a_stop_that_python_swallows_comes_a_moment_later(
     capsys: pytest.CaptureFixture[str], plain_hook: None
 ) -> None:
     """Whatever a destructor or a hook of a fork raises is printed and dropped."""
-
     class Struck:
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -306,12 +306,9 @@ def damage(trunk: TrunkCache, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "lost"),
     [
-        ("a bit", 1),
-        ("cut", TRAIN),
-        *(
-            pytest.param(*other, marks=pytest.mark.slow)
-            for other in (("a checksum", 1), ("a hole", 1), ("gone", TRAIN))
-        ),
+        ("a bit", 1), ("cut", TRAIN),
+        *(pytest.param(*other, marks=pytest.mark.slow)
+          for other in (("a checksum", 1), ("a hole", 1), ("gone", TRAIN))),
     ],  # fmt: skip
 )
 def test_damage_is_found_and_mended(tmp_path: Path, how: str, lost: int) -> None:
@@ -324,7 +321,9 @@ def test_damage_is_found_and_mended(tmp_path: Path, how: str, lost: int) -> None
     assert said[1].startswith(f"trunk cache: {lost} outputs computed")
     mended = content(trunk)
     for name in whole:  # one image alone and in a batch may differ in the last bit
-        rows = [np.frombuffer(data[name], trunk._files["off", 0]._type) for data in (whole, mended)]
+        rows = [
+            np.frombuffer(data[name], trunk._files["off", 0]._type) for data in (whole, mended)
+        ]
         np.testing.assert_allclose(rows[0]["numbers"], rows[1]["numbers"], rtol=2e-3, atol=1e-3)
     assert len(filled(prepared(tmp_path))) == 1
 

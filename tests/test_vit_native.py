@@ -224,7 +224,9 @@ def test_ssf(layout: str) -> None:
 @every_layout
 def test_fact_tt(layout: str) -> None:
     base, model, state = pair("fact_tt", layout)
-    first, last = (state[f"blocks.0.attn.qkv.adapter.{key}"].numpy() for key in ("first", "last"))
+    first, last = (
+        state[f"blocks.0.attn.qkv.adapter.{key}"].numpy() for key in ("first", "last")
+    )
     d = base.embed_dim
     counts = {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}
 
@@ -315,7 +317,9 @@ def test_rank_conv(layout: str, prefix: str) -> None:
     def behind(path: str, x: Tensor, y: Tensor) -> Tensor:
         if f"{path}.adapter.down" not in state:
             return y
-        down, up, core = (state[f"{path}.adapter.{key}"].numpy() for key in ("down", "up", "core"))
+        down, up, core = (
+            state[f"{path}.adapter.{key}"].numpy() for key in ("down", "up", "core")
+        )
         out = np.zeros(y.shape)
         for n, tokens in enumerate(x.numpy()):
             p = len(tokens) - h * w
@@ -382,7 +386,9 @@ def test_wara_with_a_random_transform(layout: str) -> None:
     def behind(path: str, x: Tensor, y: Tensor) -> Tensor:
         if f"{path}.adapter.down" not in state:
             return y
-        down, up, core = (state[f"{path}.adapter.{key}"].numpy() for key in ("down", "up", "core"))
+        down, up, core = (
+            state[f"{path}.adapter.{key}"].numpy() for key in ("down", "up", "core")
+        )
         out = np.zeros(y.shape)
         for n, tokens in enumerate(x.numpy()):
             p = len(tokens) - grid[0] * grid[1]
@@ -503,7 +509,9 @@ def test_prompts_have_no_place_where_positions_are_rotary() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_prompts_are_refused_where_pairs_of_places_have_biases(shared: bool) -> None:
     sizes: dict[str, Any] = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 2}
-    model = Beit(**sizes, num_heads=2, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared)
+    model = Beit(
+        **sizes, num_heads=2, use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared
+    )
     with pytest.raises(WaraError, match="a bias per pair of places") as caught:
         wara.adapt(model, METHODS["vpt"]())
     assert caught.value.exit_code == 2 and not adapted_layers(model)

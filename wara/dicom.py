@@ -167,10 +167,7 @@ class DicomPicture(Header):
         # Bits above those stored are no pixels (old overlays lie there); pydicom takes them off.
         try:
             stored, told = decoder.as_array(
-                dataset,
-                index=0,
-                raw=True,
-                allow_excess_frames=False,  # type: ignore[arg-type]
+                dataset, index=0, raw=True, allow_excess_frames=False  # type: ignore[arg-type]
             )
         except RuntimeError as error:
             # pydicom tells what each plugin raised as text, and of a MemoryError nothing may stand.

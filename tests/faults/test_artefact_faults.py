@@ -310,7 +310,9 @@ def test_configs(tmp_path: Path, amount: Any, tally: Any) -> None:
 
 
 @pytest.mark.slow
-def test_by_command(bundle: Path, finished: Path, tmp_path: Path, amount: Any, tally: Any) -> None:
+def test_by_command(
+    bundle: Path, finished: Path, tmp_path: Path, amount: Any, tally: Any
+) -> None:
     count, lost = amount(2, 20), []
     for seed in range(count):
         copy, draw = tmp_path / "copy", random.Random(1000 + seed)

@@ -30,10 +30,9 @@ def fails_in_one_line(code: int, said: str, wanted: int, kind: str) -> bool:
 def may_mount() -> bool:
     """Whether a file system of its own may be made here."""
     words = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
-    return (
-        shutil.which("unshare") is not None
-        and not subprocess.run(words, capture_output=True).returncode
-    )
+    return shutil.which("unshare") is not None and not subprocess.run(
+        words, capture_output=True
+    ).returncode
 
 
 # Mounts are those of this process alone. The first run gets little room, the second enough.

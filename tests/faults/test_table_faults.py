@@ -510,7 +510,9 @@ def test_a_folder_that_a_card_names_is_part_of_the_data(tmp_path: Path) -> None:
     )
     images = opened(tmp_path / "mine.yaml")
     assert len(images) == 2 and not images.survey()
-    assert [fault.what for fault in images.faults] == [f"'../c.png' leads out of {tmp_path}/images"]
+    assert [fault.what for fault in images.faults] == [
+        f"'../c.png' leads out of {tmp_path}/images"
+    ]
 
 
 def test_a_class_folder_by_a_link_is_read_once(tmp_path: Path) -> None:

@@ -26,8 +26,7 @@ def subband_energy(model: nn.Module, images: Tensor) -> dict[str, dict[str, floa
     """Measure how much of the learned update lies in each subband (WaRA, Fig. 2).
 
     The energy of subband `s` in a layer is `‖(α/r) P_s (A x K_sᵀ + b) Bᵀ‖²`, `b` the constant where
-    there is one, summed over patch tokens and
-    output channels, averaged over images.
+    there is one, summed over patch tokens and output channels, averaged over images.
 
     Args:
         model: an adapted model.
@@ -81,8 +80,8 @@ def _energies(adapter: SubbandLayer, x: Tensor) -> Tensor:
     if adapter.shift is not None:
         ones = mixer.analysis.to(z).sum(1).split(mixer.sizes)
         parts = torch.stack([s @ a for s, a in zip(back, ones, strict=True)])  # P_s 1
-        shift = adapter.shift.float().reshape(adapter.groups, 1, adapter.rank)
-        updated = updated + parts[:, :, None, None] * shift[:, 0]
+        shift = adapter.shift.float().reshape(adapter.groups, adapter.rank)
+        updated = updated + parts[:, :, None, None] * shift
     ups = adapter.up.float().split(adapter.sizes)
     # ‖u Bᵀ‖² = u BᵀB uᵀ, so the width never appears.
     gram = torch.stack([up.T @ up for up in ups])

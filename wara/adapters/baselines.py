@@ -125,9 +125,7 @@ class AdaLoRA(InputDropout, LowRankMethod, PeftMethod):
         None, ge=2, le=2 * MOST_RANK, description="Rank at the start; null: 1.5 times rank."
     )
     alpha: float | None = Field(
-        None,
-        gt=0,
-        le=MOST_ALPHA,
+        None, gt=0, le=MOST_ALPHA,
         description="The update is scaled by alpha / rank at the start; null: by 1.",
     )
     tinit: float = Field(0.1, ge=0, lt=1, description="Share of the steps before ranks fall.")

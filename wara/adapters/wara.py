@@ -166,7 +166,7 @@ class FrozenBasisLayer(SubbandLayer):
 
 
 class TinyWaRALayer(FrozenBasisLayer):
-    """Tiny-WaRA with diagonal cores and a constant: `ĉ_s = a_s diag(g) c_s`, and `b` in LL.
+    """Tiny-WaRA with diagonal cores and a constant: `ĉ_s = a_s diag(g) c_s`, and `b` beside it.
 
     `g` and `b` have a number for each direction of the basis and start at zero, `a` has one for
     each subband and starts at one.

@@ -69,7 +69,9 @@ class Pooled:
     reason: str | None = None
 
 
-def rank_methods(scores: Mapping[str, Mapping[str, float]], metric: str = "auc_macro") -> Ranking:
+def rank_methods(
+    scores: Mapping[str, Mapping[str, float]], metric: str = "auc_macro"
+) -> Ranking:
     """Return mean ranks over data sets, Friedman's test and Nemenyi's critical difference.
 
     Args:

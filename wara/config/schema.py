@@ -121,9 +121,7 @@ class DataConfig(Section):
         description="Folder that images may lie below, links followed; null: the data set's own.",
     )
     images: int | None = Field(
-        None,
-        ge=1,
-        le=MOST_PHANTOMS,
+        None, ge=1, le=MOST_PHANTOMS,
         description="Phantom images drawn in total; null: what the card says.",
     )
     val_fraction: float = Field(0.15, gt=0, lt=1, description="Share for validation if not split.")
@@ -154,9 +152,7 @@ class DataConfig(Section):
         "auto", description="Training images: auto (what the card says), off, or a preset."
     )
     views: int | None = Field(
-        None,
-        ge=1,
-        le=10_000,
+        None, ge=1, le=10_000,
         description="Augmented views per training image; null: new ones every epoch.",
     )
     trunk: Literal["off", "cache"] = Field(
@@ -240,9 +236,7 @@ class RunConfig(Section):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Label smoothing of the loss.")
     max_class_weight: float | None = Field(
-        100.0,
-        ge=1,
-        le=1e6,
+        100.0, ge=1, le=1e6,
         description="Largest weight of a rare class in the loss; null: no limit.",
     )
 
@@ -252,21 +246,15 @@ class RunConfig(Section):
     )
     accumulate: int = Field(1, ge=1, le=100_000, description="Batches per optimiser step.")
     lr: float | None = Field(
-        None,
-        ge=0,
-        le=MOST_RATE,
+        None, ge=0, le=MOST_RATE,
         description="Peak learning rate of what the method trains; null: its own.",
     )
     lr_core: float | None = Field(
-        None,
-        ge=0,
-        le=MOST_RATE,
+        None, ge=0, le=MOST_RATE,
         description="That of the cores, beside an adapter; null: the method's.",
     )
     lr_head: float | None = Field(
-        None,
-        ge=0,
-        le=MOST_RATE,
+        None, ge=0, le=MOST_RATE,
         description="That of the head, beside a method; null: the method's.",
     )
     weight_decay: float = Field(0.01, ge=0, le=MOST_RATE, description="Weight decay of AdamW.")
@@ -284,18 +272,14 @@ class RunConfig(Section):
         1, ge=1, le=1024, description="Processes that train together (DDP above 1)."
     )
     ddp_timeout: float = Field(
-        1800.0,
-        gt=0,
-        le=1e7,
+        1800.0, gt=0, le=1e7,
         description="Seconds that processes wait for a silent one; then the run ends.",
     )
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train.")
     deterministic: bool = Field(True, description="Only deterministic kernels.")
 
     patience: int | None = Field(
-        None,
-        ge=1,
-        le=100_000,
+        None, ge=1, le=100_000,
         description="Epochs without a better monitor before stopping; null: never.",
     )
     monitor: Literal["auc_macro", "accuracy", "balanced_accuracy", "f1_macro", "qwk"] = Field(

@@ -121,7 +121,9 @@ class Findings:
         return [fault for faults in self.faults.values() for fault in faults]
 
 
-def examine(image_set: ImageSet, splits: Sequence[str], rule: TwinRule | None = None) -> Findings:
+def examine(
+    image_set: ImageSet, splits: Sequence[str], rule: TwinRule | None = None
+) -> Findings:
     """Look for everything that would make a number a lie; nothing is raised.
 
     Images are read if they have not been yet.

@@ -107,7 +107,9 @@ def sign(array: np.ndarray, *, inverted: bool = False) -> Signature:
         shown = 255 - shown if inverted else shown
     # Reduced before it is turned grey: each pixel is looked at once. Not by boxes, which Pillow
     # fills from one side, so that a mirror image of few pixels would have another thumbnail.
-    small = Image.fromarray(shown).resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    small = Image.fromarray(shown).resize(
+        (SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0
+    )
     thumbnail = np.asarray(small.convert("L"))
     return Signature(digest, thumbnail.tobytes() if thumbnail.std() >= LEAST_CONTRAST else b"")
 

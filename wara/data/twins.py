@@ -112,7 +112,9 @@ def check_twins(
     unlike = [pair for pair in pairs if records[pair.first].label != records[pair.second].label]
     if unlike:
         example = named(records[index].file for index in (unlike[0].first, unlike[0].second))
-        notes.append(f"near-duplicates with different labels: {len(unlike)} pairs, first {example}")
+        notes.append(
+            f"near-duplicates with different labels: {len(unlike)} pairs, first {example}"
+        )
     return faults
 
 

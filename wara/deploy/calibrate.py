@@ -203,7 +203,9 @@ class _Fit:
         except WaraError as error:
             return self.model.temperature, f"that of the parent is kept: {error.what}"
 
-    def _point(self, scored: Scored, temperature: float, bootstrap: int) -> dict[str, Any] | None:
+    def _point(
+        self, scored: Scored, temperature: float, bootstrap: int
+    ) -> dict[str, Any] | None:
         return operating_point(
             {PART: scored}, self.model.classes, self.model.task, temperature,
             bootstrap=bootstrap, **self.wish,
@@ -296,7 +298,9 @@ def _nll(labels: NDArray[np.int64], probs: NDArray[np.float64]) -> NDArray[np.fl
     return -np.log(np.maximum(own, tiny)).mean(axis=1)
 
 
-def _write(folder: Path, parent: Bundle, fit: _Fit, labelled: Labelled, outcome: Outcome) -> None:
+def _write(
+    folder: Path, parent: Bundle, fit: _Fit, labelled: Labelled, outcome: Outcome
+) -> None:
     """Copy the parent, but for what was fitted."""
     for name in parent.manifest["files"]:
         if name not in _REWRITTEN:

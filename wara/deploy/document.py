@@ -160,7 +160,8 @@ def _html(part: Part, folder: Path) -> str:
             top = f"<thead><tr>{head}</tr></thead>\n" if any(header) else ""
             kind = "" if any(header) else ' class="facts"'
             return (
-                f'<div class="table"><table{kind}>\n{top}<tbody>\n{lines}\n</tbody>\n</table></div>'
+                f'<div class="table"><table{kind}>\n{top}'
+                f"<tbody>\n{lines}\n</tbody>\n</table></div>"
             )
 
 

@@ -250,7 +250,9 @@ def _restraint(content: Content) -> Iterator[Part]:
             "unlike those it learnt from. The tables above count every image; without these:"
         )
         every = {**content["metrics"], **content["operating_point"]}
-        rows = [(label(n), cell(entry), cell(every[n])) for n, entry in abstention["kept"].items()]
+        rows = [
+            (label(n), cell(entry), cell(every[n])) for n, entry in abstention["kept"].items()
+        ]
         if rows:
             yield Table(("Metric", "Without abstentions", "All images"), rows)
     if conformal["reason"] is not None:

@@ -136,7 +136,9 @@ class Overlays:
         return [draw]
 
 
-def overlay(model: nn.Module, predictor: Predictor, prediction: Prediction, path: Path) -> Shares:
+def overlay(
+    model: nn.Module, predictor: Predictor, prediction: Prediction, path: Path
+) -> Shares:
     """Draw what an answer rests on over the image, as the network saw it.
 
     Args:

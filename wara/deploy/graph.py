@@ -77,7 +77,7 @@ class FrozenSubbands(nn.Module):
         else:  # a block per row group: `[s, g r, g r]`, to be multiplied from the right
             core = torch.stack([torch.block_diag(*each).T for each in cores.unbind(1)])
         self.register_buffer("shift", None)
-        if adapter.shift is not None:  # as coefficients, of which those of LL alone are not zero
+        if adapter.shift is not None:  # as coefficients
             shift = adapter.shift.detach().expand(adapter.mixer.tokens, -1)
             prefix = shift[:1].expand(self.prefix, -1) * (not skip)
             self.shift = torch.cat([prefix, adapter.mixer.analysis @ shift.float()])

@@ -142,7 +142,9 @@ def _rows(
         reports = Reports(arguments.dicom_sr, predictor.bundle)
     files = [str(path) for path in sources.paths]
     with contextlib.ExitStack() as ends:
-        output = Output(arguments.out, form, predictor.columns, key, files, resume=arguments.resume)
+        output = Output(
+            arguments.out, form, predictor.columns, key, files, resume=arguments.resume
+        )
         ends.callback(output.close)
         if reports is not None:
             for outcome in output.reports:

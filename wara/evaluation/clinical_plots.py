@@ -33,11 +33,8 @@ def decision_curve(
     at = np.asarray(curve["threshold"])
     words = {"model": "decide by the model", "all": "treat all", "none": "treat none"}
     for i, (name, label) in enumerate(words.items()):
-        look = (
-            line_of(i)
-            if name == "model"
-            else {"color": "0.35", "linewidth": 1.2, "linestyle": "--" if name == "all" else "-"}
-        )
+        look = line_of(i) if name == "model" else {"color": "0.35", "linewidth": 1.2,
+                                                "linestyle": "--" if name == "all" else "-"}
         ax.plot(at, curve[name], label=label, **look)  # fmt: skip
     highest = max(max(curve["model"]), max(curve["all"]), 0.01)
     if threshold is not None:

@@ -378,12 +378,8 @@ def _facts_of(run: Prepared) -> dict[str, Any]:
             "frozen_sha256": run.base_hash,
         },
         budget=run.budget and dict(zip(("asked", "wanted", "got"), run.budget, strict=True)),
-        trunk=None
-        if run.trunk is None
-        else {
-            "key": run.trunk.folder.name,
-            "blocks": run.trunk.depth,
-            "views": len(run.trunk.seen),
+        trunk=None if run.trunk is None else {
+            "key": run.trunk.folder.name, "blocks": run.trunk.depth, "views": len(run.trunk.seen),
             "outputs": run.trunk.rows,
         },  # fmt: skip
         device=run.device.name,
