@@ -414,7 +414,8 @@ def test_an_unknown_reason_to_abstain(bundle: Path) -> None:
 def test_a_trace_records_what_was_said_without_names(bundle: Path, tmp_path: Path) -> None:
     private = tmp_path / "MUELLER_Erika_19500101"
     private.mkdir()
-    tags = {"PatientName": "MUELLER^Erika", "PatientID": "4711", "PatientBirthDate": "19500101"}
+    # No digits alone: hashes and UIDs may hold any four.
+    tags = {"PatientName": "MUELLER^Erika", "PatientID": "P-4711", "PatientBirthDate": "19500101"}
     pixels = np.random.default_rng(0).integers(0, 4096, (32, 32)).astype("u2")
     (private / "a.dcm").write_bytes(dicom(pixels, BitsStored=12, **tags))
     (private / "b.dcm").write_bytes(dicom(pixels, BitsStored=12, **tags)[:-900])
@@ -423,7 +424,7 @@ def test_a_trace_records_what_was_said_without_names(bundle: Path, tmp_path: Pat
     assert predict(bundle, *words) == 0
     assert predict(bundle, *words) == 0  # a second call goes on with the chain
     text = trace.read_text()
-    for secret in ("MUELLER", "Erika", "4711", "19500101", "a.dcm", str(private)):
+    for secret in ("MUELLER", "Erika", "P-4711", "19500101", "a.dcm", str(private)):
         assert secret not in text
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["kind"] for line in lines] == ["open", "prediction", "prediction", "close"] * 2

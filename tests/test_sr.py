@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -237,6 +238,7 @@ def test_a_header_that_allows_no_report_is_refused(
     assert error.what == f"no report: {why}" and error.kind == "data" and error.remedy
     assert row["prediction"] and row["error"] is None and not (tmp_path / "sr").exists()
     told = str(error) + repr(error.__cause__) + "".join(capfd.readouterr())
+    told = told.replace(hashlib.sha256(path.read_bytes()).hexdigest(), "")  # has any digits
     assert not re.search("MUELLER|1950|4711", told) and "\n" not in str(error)
 
 

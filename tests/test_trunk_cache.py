@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,15 +112,14 @@ TINY = REAL / "weights/vit_tiny_patch16_224_imagenet1k.safetensors"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TINY.exists(), reason="needs real images and weights")
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_real_images_and_weights_agree_within_float16(tmp_path: Path, amp: str) -> None:
+def test_real_images_and_weights_agree_within_what_is_rounded(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "images").symlink_to(REAL / "data/busi/images")
     head, *rows = (REAL / "data/busi/labels.csv").read_text().splitlines()
     (folder / "labels.csv").write_text("\n".join([head, *rows[::8]]) + "\n")
-    found = []
-    for trunk in ("off", "cache"):
+    found = {}
+    for trunk, amp in product(("off", "cache"), ("off", "bf16")):
         one = prepared(
             tmp_path, data__trunk=trunk, amp=amp, epochs=1, batch_size=32, lr=2e-3,
             backbone={"name": "vit_tiny_patch16_224", "weights": str(TINY), "img_size": 96},
@@ -127,8 +127,14 @@ def test_real_images_and_weights_agree_within_float16(tmp_path: Path, amp: str) 
             data__near_duplicates="ignore",
         )  # fmt: skip
         filled(one)
-        found.append(trained(one))
-    assert np.abs(found[0] - found[1]).max() <= 2e-2
+        found[trunk, amp] = trained(one)
+
+    def apart(one: tuple[str, str], two: tuple[str, str]) -> float:
+        return float(np.abs(found[one] - found[two]).mean())
+
+    assert apart(("off", "off"), ("cache", "off")) <= 1e-3
+    # What bfloat16 changes depends on the processor, so it is the measure of itself.
+    assert apart(("off", "bf16"), ("cache", "bf16")) <= 1.5 * apart(("off", "off"), ("off", "bf16"))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
