@@ -68,7 +68,7 @@ class APLA(TargetedMethod):
     name: ClassVar[str] = "apla"
     summary: ClassVar[str] = "a random subset of the rows of attention's output projection"
     # Whole rows of a weight move, as in full fine-tuning, but few of them.
-    rates: ClassVar[Mapping[str, float]] = {"adapter": 1e-3, "head": 2e-3}
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 3e-3, "head": 2e-3}
     knob: ClassVar[tuple[str, ...]] = ("rows",)
 
     targets: Annotated[tuple[str, ...], from_list] = Field(

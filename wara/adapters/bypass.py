@@ -165,8 +165,8 @@ class AdaptFormer(SizedMethod):
 
     name: ClassVar[str] = "adaptformer"
     summary: ClassVar[str] = "a small bottleneck beside the MLP of each block"
-    # LoRA's: W_down is drawn and W_up zero as its A and B are; s makes the steps the smaller.
-    rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
+    # Above LoRA's, as s makes the steps the smaller.
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-2, "head": 2e-3}
     knob: ClassVar[tuple[str, ...]] = ("bottleneck",)
     mergeable: ClassVar[bool] = False
 
@@ -192,7 +192,7 @@ class Convpass(SizedMethod):
     name: ClassVar[str] = "convpass"
     summary: ClassVar[str] = "convolutional bottlenecks beside attention and MLP"
     # The authors' 1e-3 is with one s chosen per data set, mostly above 1; here s is 1.
-    rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-3, "head": 2e-3}
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
     knob: ClassVar[tuple[str, ...]] = ("bottleneck",)
     mergeable: ClassVar[bool] = False
 

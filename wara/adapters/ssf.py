@@ -106,8 +106,7 @@ class SSF(BlocksMethod):
 
     name: ClassVar[str] = "ssf"
     summary: ClassVar[str] = "scale and shift behind every normalisation and linear layer"
-    # That of bitfit, whose shifts move as much as these.
-    rates: ClassVar[Mapping[str, float]] = {"adapter": 6e-3, "head": 2e-3}
+    rates: ClassVar[Mapping[str, float]] = {"adapter": 2e-2, "head": 2e-3}
 
     def layers(self, model: nn.Module) -> Mapping[str, AdapterLayer]:
         """Return one layer per operation."""
