@@ -132,6 +132,7 @@ def test_real_images_and_weights_agree_within_what_is_rounded(tmp_path: Path) ->
     def apart(one: tuple[str, str], two: tuple[str, str]) -> float:
         return float(np.abs(found[one] - found[two]).mean())
 
+    assert np.abs(found["off", "off"] - found["cache", "off"]).max() <= 2e-2
     assert apart(("off", "off"), ("cache", "off")) <= 1e-3
     # What bfloat16 changes depends on the processor, so it is the measure of itself.
     assert apart(("off", "bf16"), ("cache", "bf16")) <= 1.5 * apart(("off", "off"), ("off", "bf16"))

@@ -200,7 +200,7 @@ def quantise(path: Path, batches: Iterable[np.ndarray]) -> None:
     """Make products with constant weights int8, and what goes into them, in place.
 
     Static: ranges are those of the batches; weights are symmetric, per channel, and have 7 bits:
-    processors without VNNI add pairs of products in 16 bits, which 8 x 8 bits overflow, so that the
+    processors without VNNI add pairs of products in 16 bits, which 8 x 8 bits saturate, so that the
     model would say something else there than where it was exported. Products of
     activations with each other (attention), low-rank updates and the head stay in float32: they are
     a small part of the work and most of the loss.
