@@ -246,6 +246,8 @@ def test_other_commands(
         elif "bands/bands.yaml" in words:  # what the command above it has made
             script = [sys.executable, str(ROOT / "benchmarks/bands.py"), "--out", "bands"]
             subprocess.run([*script, "--images", "60"], check=True)
+        if "--sweep-train" in words:  # of the images that there are here
+            words = [*words, "--sweep-train", "8,16,30"]
         assert cli.main([*words[1:], "--plan", "--set", "data.images=60"]) == 0
     elif words[0] == "wara":
         assert cli.main(words[1:]) == 0
