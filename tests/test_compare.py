@@ -455,12 +455,17 @@ def test_audit_tells_what_the_best_test_epoch_would_have_gained(
 
 
 def test_a_plan_runs_nothing(whole: Whole, tmp_path: Path, capsys: Any) -> None:
-    assert compare(whole.config, tmp_path / "out", "--plan", "--budget", "lora_r1") == 0
+    more = ["--plan", "--budget", "lora_r1", "--beside", "linear_probe,ssf"]
+    assert compare(whole.config, tmp_path / "out", *more) == 0
     text = capsys.readouterr().out
     # Of a ViT 64 wide and six blocks deep: 6 · 4 · (64 + 64).
     assert "lora (lora_r1), adapter 3,072 of 3,072 wanted, head" in text
     assert "linear_probe, adapter 0, head" in text
-    assert "runs       6, after 3 trials per row and split (9 in all)" in text
+    # No budget is told of it. A scale and a shift for each output: two norms, q, k, v, o, both
+    # layers of the MLP in six blocks, the patch embedding and the last norm.
+    size = 2 * (6 * (2 * 64 + 4 * 64 + 192 + 64) + 2 * 64)
+    assert f"ssf, adapter {size:,}, head" in text
+    assert "runs       8, after 3 trials per row and split (12 in all)" in text
     assert re.search(r"time       about \d+ s, from one measured step", text)
     assert not (tmp_path / "out").exists()
 
@@ -488,7 +493,8 @@ def test_a_plan_runs_nothing(whole: Whole, tmp_path: Path, capsys: Any) -> None:
         (["--metric", "auc"], "there is no metric 'auc'"),
         (["--tune", "lr=2"], "an odd number"),
         (["--tune", "rank=3"], "'rank' is not tuned"),
-        (["--beside", "chance"], "'chance' is no reference row"),
+        (["--beside", "linear_prob"], "did you mean 'linear_probe'?"),
+        (["--beside", "lora"], "'lora' has a size that a budget can set"),
         (["--rope", "-1"], "give a number from 0"),
         (["--sweep-train", "25,900"], "900 training images wanted"),
         (["--set", "data.val_fraction=0.5", "--set", "data.test_fraction=0.0"], "test_fraction"),

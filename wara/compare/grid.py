@@ -26,7 +26,7 @@ from wara.schema import fields_of, parse_yaml
 MAJORITY = "majority"
 """The row of who looks at no image: every class as often as among the training images."""
 BESIDE = (MAJORITY, "linear_probe", "full")
-"""Rows that stand beside every table; they have no budget."""
+"""Rows that stand beside a table unless others are named; no budget sets their size."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Request:
         out: folder of the comparison.
         budgets: of the adapters, see `parse_budget`; None for each method's own size.
         train: numbers of training images; None for all.
-        beside: of `BESIDE`.
+        beside: rows that keep their size: `majority`, and methods whose size no budget can set.
         tuning: what to try first, if anything.
         reference: what the others are held against; None for no tests.
         rope: smallest difference that means something.
@@ -171,10 +171,10 @@ def rows_of(request: Request) -> list[Row]:
             if MAJORITY in request.beside:
                 rows.append(Row(sized, MAJORITY, None, train))
             for name in wanted:
-                budgets = (None,) if name in BESIDE else request.budgets
-                for budget in budgets:
+                apart = name in {*BESIDE, *request.beside}
+                for budget in (None,) if apart else request.budgets:
                     try:
-                        made = with_method(sized, name, budget)
+                        made = with_method(sized, name, budget, apart=apart)
                     except WaraError as error:
                         faults += error.errors if isinstance(error, WaraErrors) else [error]
                     else:
@@ -246,7 +246,9 @@ def spelled(method: str) -> str:
     return re.sub(r"\s*([:=])\s*", r"\1", method.strip())
 
 
-def with_method(config: RunConfig, method: str, budget: str | None = None) -> RunConfig:
+def with_method(
+    config: RunConfig, method: str, budget: str | None = None, *, apart: bool = False
+) -> RunConfig:
     """Return a config with another method, and all else the same.
 
     Options that differ from the defaults of the config's own method go over to each method for
@@ -258,6 +260,7 @@ def with_method(config: RunConfig, method: str, budget: str | None = None) -> Ru
         config: of some method.
         method: the wanted one, see `variant_of`.
         budget: size of its adapter; None leaves that to the method and to the config.
+        apart: it stands beside those of one size, so that a budget of the config is not for it.
 
     Raises:
         WaraError: kind "config" when there is no such method, an option does not fit it, or it has
@@ -266,7 +269,7 @@ def with_method(config: RunConfig, method: str, budget: str | None = None) -> Ru
     name, own = variant_of(method)
     try:
         cls = find_method(name)
-        made = method_from_options(cls, _options(config.adapter, cls, budget, own))
+        made = method_from_options(cls, _options(config.adapter, cls, budget, own, apart))
     except WaraError as error:
         if not own:
             raise
@@ -285,15 +288,18 @@ def with_method(config: RunConfig, method: str, budget: str | None = None) -> Ru
 
 
 def _options(
-    given: Method, cls: type[Method], budget: str | None, own: Mapping[str, Any]
+    given: Method, cls: type[Method], budget: str | None, own: Mapping[str, Any], apart: bool
 ) -> dict[str, Any]:
     """Return the options of a row: what goes over, and its own."""
+    if apart and cls.knob:
+        what = f"'{class_key(cls)}' has a size that a budget can set, so it is no reference row"
+        raise WaraError("usage", what, "--beside", "name it with --methods")
     source = type(given)
     options = given.options()
     if source is not cls:
         plain = source().options()
         options = {key: value for key, value in options.items() if value != plain.get(key)}
-    wanted = budget or options.get("budget")
+    wanted = None if apart else budget or options.get("budget")
     where = set(options.get("targets", ATTENTION))
     options = {key: value for key, value in options.items() if same_option(key, source, cls)}
     sizes = {"budget", *cls.knob}
@@ -304,11 +310,12 @@ def _options(
         what = "with a budget all rows have one size, at the same places"
         raise WaraError("usage", what, "", "leave out the budget, or what the row sets of these")
     options |= own
-    if wanted is None or class_key(cls) in BESIDE:
+    if wanted is None:
         return options
     if not cls.knob:
         what = f"what '{class_key(cls)}' trains is fixed, so it cannot meet a budget"
-        raise WaraError("config", what, "--methods", "leave it out, or compare without a budget")
+        remedy = "name it with --beside, where rows keep their own size"
+        raise WaraError("config", what, "--methods", remedy)
     field = fields_of(cls).get("targets")
     fixed = field is None or (source is not cls and where == set(field.default))
     if fixed and where != set(ATTENTION):

@@ -99,7 +99,7 @@ def request_of(arguments: argparse.Namespace, read_config: ReadConfig) -> Reques
         what = f"{len(seeds)} seeds on each of {arguments.splits} splits"
         remedy = f"at most {_MOST_REPEATS} runs of a method are compared"
         raise WaraError("usage", what, "--seeds, --splits", remedy)
-    beside = () if arguments.beside == "none" else tuple(_words(arguments.beside, "--beside"))
+    beside = [] if arguments.beside == "none" else _words(arguments.beside, "--beside")
     budgets: tuple[str | None, ...] = (arguments.budget,)
     if arguments.sweep_budget:
         budgets = tuple(f"{w}*lora_r1" for w in _words(arguments.sweep_budget, "--sweep-budget"))
@@ -107,12 +107,8 @@ def request_of(arguments: argparse.Namespace, read_config: ReadConfig) -> Reques
     tuning = _tuning(arguments.tune) if arguments.tune else None
     sets = _words(arguments.datasets, "--datasets") if arguments.datasets else [None]
 
-    from wara.compare.grid import BESIDE, Request, spelled
+    from wara.compare.grid import Request, spelled
 
-    for name in beside:
-        if name not in BESIDE:
-            what = f"'{name}' is no reference row"
-            raise WaraError("usage", what, "--beside", suggest(name, BESIDE))
     configs = [
         read_config(cfg, [*arguments.overrides, *([f"dataset={json.dumps(name)}"] if name else [])])
         for cfg in arguments.cfg
@@ -126,7 +122,7 @@ def request_of(arguments: argparse.Namespace, read_config: ReadConfig) -> Reques
         out=arguments.out.expanduser(),
         budgets=budgets,
         train=train,
-        beside=beside,
+        beside=tuple(spelled(word) for word in beside),
         tuning=tuning,
         reference=None if arguments.reference == "none" else spelled(arguments.reference),
         rope=arguments.rope,
