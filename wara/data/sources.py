@@ -60,7 +60,7 @@ def open_source(
         offline: "phantom" or "error".
         seed: seed of the phantoms.
         images: phantom images drawn in total; None for what the card says.
-        phantom_size: side of the phantoms in pixels.
+        phantom_size: side of the phantoms in pixels; the shipped backbone reads 112.
         modality: what the images show, and with it their augmentation, where no card says so.
         within: folder below which images of a table or of class folders may lie besides their own.
 

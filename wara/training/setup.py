@@ -35,8 +35,6 @@ from wara.training.recipe import Recipe
 from wara.training.trunk import check_trunk, trunk_depth
 from wara.vit import BackboneInfo
 
-PHANTOM_SIDE = 112  # pixels; what the shipped backbone reads, drawn in milliseconds
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -295,7 +293,6 @@ def open_images(config: RunConfig) -> ImageSet:
         offline=config.offline,
         seed=config.data.split_seed,
         images=config.data.images,
-        phantom_size=PHANTOM_SIDE,
         modality=config.data.modality,
         within=config.data.root,
     )
