@@ -24,7 +24,7 @@ from wara import cli
 from wara.adapters import method_from_options
 from wara.compare import cells as cells_module
 from wara.compare import worker
-from wara.compare.grid import with_method
+from wara.compare.grid import Row, cells_of, with_method
 from wara.config import load_config
 from wara.data import imageset
 from wara.data.imageset import FileReader, ImageSet
@@ -161,6 +161,21 @@ def test_a_method_stands_beside_itself_with_other_options(tmp_path: Path) -> Non
     assert half.options() | {"scale": 5.0, "budget": "0.5*lora_r1"} == half.options()
     full = with_method(config, "wara:core=full", "lora_r1").adapter
     assert full.options() | {"core": "full", "budget": "lora_r1"} == full.options()
+
+
+def test_what_a_method_draws_is_drawn_anew_for_each_seed(tmp_path: Path) -> None:
+    """Else no interval would hold what other places of WaveFT or SHiRA would have changed."""
+    given = {"method": "waveft", "k": 9, "seed": 5}
+    for adapter, method, wanted in [
+        (given, "waveft", [5, 6, 9]), (given, "shira", [5, 6, 9]),
+        (given, "waveft:seed=3", [3, 3, 3]), (given, "lora", [None, None, None]),
+        (given, "vera", [0, 1, 4]),
+        ({"method": "wara"}, "wara:wavelet=random", [0, 1, 4]),
+    ]:  # fmt: skip
+        row = Row(with_method(tiny_config(tmp_path, adapter=adapter), method), method)
+        drawn = cells_of(row, 2, [0, 1, 4])
+        assert [getattr(cell.config.adapter, "seed", None) for cell in drawn] == wanted * 2
+        assert [cell.config.seed for cell in drawn] == [0, 1, 4] * 2
 
 
 @pytest.mark.parametrize(

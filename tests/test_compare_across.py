@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from scipy import stats
+from training_helpers import tiny_config
 
-from wara.compare import figures
+from wara.compare import figures, report
 from wara.compare.across import (
     Ranking,
     critical_difference,
@@ -17,7 +22,10 @@ from wara.compare.across import (
     pool_differences,
     rank_methods,
 )
-from wara.compare.statistics import Difference
+from wara.compare.checks import Sized
+from wara.compare.grid import MAJORITY, Request, Row
+from wara.compare.results import Line, Results
+from wara.compare.statistics import Difference, Summary
 from wara.errors import WaraError
 
 # Demšar (2006), table 6: AUROC of C4.5 with and without tuning on 14 data sets.
@@ -171,3 +179,39 @@ def test_a_figure_without_test_says_why(drawn, tmp_path):
     assert any(text.get_text() == ranking.reason for text in drawn[0].axes[0].texts)
     assert not [line for line in drawn[0].axes[0].lines if line.get_linewidth() == 4]
     assert any("synthetic" in text.get_text() for text in drawn[0].texts)
+
+
+def test_the_report_over_data_sets(tmp_path: Path) -> None:
+    """Ranks of methods alone, how many sets a mean is of, no p of 0, and reasons in the table."""
+    config, facts = tiny_config(tmp_path), Any
+    lines = []
+    for name in ("one", "two"):
+        for place, method in enumerate([MAJORITY, "lora", "wara", "waveft"]):
+            sized = Sized(Row(config, method), facts, 10, 5)  # type: ignore[arg-type]
+            told = dict(value=0.5 + 0.1 * place, splits=1, seeds=2, patients=9)
+            summary = Summary(**told, reason="no interval: of two resamples")
+            difference = None
+            if method == "wara" or (method == "waveft" and name == "one"):
+                gap = dict(value=0.1, low=0.05, high=0.15, error=0.02, df=8.0)
+                difference = Difference(1, 2, 9, **gap, p=1e-9, p_holm=1e-9, verdict="better")
+            elif method == "waveft":
+                difference = Difference(1, 2, 9, value=0.2, reason="no interval: all the same")
+            lines.append(Line(name, sized, 2, [], summary, difference))
+    ground = dict(title="", banners=[], synthetic=False)
+    grounds = {name: SimpleNamespace(name=name, **ground) for name in ("one", "two")}
+    request = Request((config,), ("lora", "wara", "waveft"), (0, 1), 1, tmp_path, rope=0.01)
+    report.write(request, SimpleNamespace(grounds=grounds), Results(lines, [], []))  # type: ignore[arg-type]
+    text = (tmp_path / "report.md").read_text()
+    ranks = text.split("Over all data sets")[1].split("How it was made")[0]
+    assert "majority" not in ranks and "| lora | 3.00 | reference |" in ranks
+    assert "| wara | 2.00 | +0.100" in ranks and "needs at least two data sets" in ranks
+    p = stats.friedmanchisquare([3, 3], [2, 2], [1, 1]).pvalue
+    assert f"p {p:.3f}; mean ranks" in ranks
+    assert "better, interval beyond 0.01 (p of no difference < 0.001, Holm)." in text
+    assert "0.700 (no interval: of two resamples); minus lora" in text
+    with (tmp_path / "table.csv").open() as stream:
+        table = {(r["dataset"], r["row"]): r for r in csv.DictReader(stream)}
+    assert table["one", "wara"]["p_holm"] == "1e-09"
+    told = {place: row["reason"] for place, row in table.items()}
+    assert told["two", "lora"] == "no interval: of two resamples"
+    assert told["two", "waveft"] == "no interval: of two resamples; no interval: all the same"

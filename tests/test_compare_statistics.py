@@ -241,6 +241,13 @@ def test_an_error_has_about_as_many_degrees_of_freedom_as_its_seeds():
     assert found.reach(0.05) < 4.4
 
 
+def test_with_one_seed_the_splits_say_how_much_training_varies():
+    # Also where they differ by less than their patients do: two of them are little to go by.
+    found = Spread(0.86, 1e-4, (), Square(2e-5, 3e-5, 1), (156, 2, 1.0))
+    assert found.error == pytest.approx(1e-2)
+    assert found.df == pytest.approx(1 / (0.2**2 / 1 + 1 / 155))
+
+
 def test_holm():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
         {"a": 0.03, "c": 0.06, "b": 0.06}

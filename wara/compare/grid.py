@@ -327,15 +327,29 @@ def _options(
 
 
 def cells_of(row: Row, splits: int, seeds: Sequence[int]) -> list[Cell]:
-    """Return the cells of a row, split by split; the majority row has one for each split."""
+    """Return the cells of a row, split by split; the majority row has one for each split.
+
+    The seed of a run moves that of its method too, unless the row sets one.
+    """
     first = row.config.data.split_seed
     cells = []
     for split in range(first, first + splits):
         for seed in seeds if row.method != MAJORITY else seeds[:1]:
             data = row.config.data.model_copy(update={"split_seed": split})
-            config = row.config.model_copy(update={"data": data, "seed": seed})
-            cells.append(Cell(row, split, seed, config))
+            update = {"data": data, "seed": seed, "adapter": _drawn_anew(row, seed)}
+            cells.append(Cell(row, split, seed, row.config.model_copy(update=update)))
     return cells
+
+
+def _drawn_anew(row: Row, seed: int) -> Method:
+    """Return the row's method with a draw for each seed: of places, of rows, of fixed matrices.
+
+    With one draw for all runs no interval would hold what another draw would have changed.
+    """
+    method: Any = row.config.adapter
+    if not isinstance(getattr(method, "seed", None), int) or "seed" in variant_of(row.method)[1]:
+        return method
+    return replace(method, seed=(method.seed + seed) % 2**63)
 
 
 def with_rates(cell: Cell, chosen: RunConfig) -> Cell:

@@ -9,7 +9,7 @@ from wara.compare.cells import code_version
 from wara.compare.checks import Checked
 from wara.compare.grid import MAJORITY, Request
 from wara.compare.results import Line, Record, Results
-from wara.compare.tables import cells_of_table, score_words, with_interval, write_tables
+from wara.compare.tables import cells_of_table, p_words, score_words, with_interval, write_tables
 from wara.deploy.document import (
     Banner,
     Heading,
@@ -128,6 +128,8 @@ def conclusions(request: Request, lines: Sequence[Line]) -> list[str]:
         if line.sized.row.method in (MAJORITY, request.reference) or request.reference is None:
             continue
         start = f"{line.label}: {score_words(line)}"
+        if line.summary and line.summary.value is not None and line.summary.reason:
+            start += f" ({line.summary.reason})"
         if other is None or other.value is None:
             why = line.untested or (other.reason if other else "not tested")
             said.append(f"{start}; not held against {request.reference}: {why}.")
@@ -147,7 +149,9 @@ def _verdict(request: Request, line: Line) -> str:
         case "the same":
             return f"the same within {rope}"
         case "better" | "worse":
-            return f"{other.verdict} by more than {rope} (p {other.p_holm:.3f}, Holm)"
+            assert other.p_holm is not None
+            p = p_words(other.p_holm)
+            return f"{other.verdict}, interval beyond {rope} (p of no difference {p}, Holm)"
         case _:
             return other.words
 
@@ -158,8 +162,10 @@ def _over_datasets(request: Request, checked: Checked, results: Results) -> Iter
 
     yield Heading("Over all data sets")
     per = {name: {line.label: line for line in results.of(name)} for name in results.datasets}
-    labels = [label for label in next(iter(per.values()))
-              if all(_has_mean(lines.get(label)) for lines in per.values())]  # fmt: skip
+    # Who looks at no image is last everywhere, which would be read as a difference of methods.
+    labels = [label for label, line in next(iter(per.values())).items()
+              if line.sized.row.method != MAJORITY
+              and all(_has_mean(lines.get(label)) for lines in per.values())]  # fmt: skip
     if len(labels) < 2:
         yield Text("Fewer than two methods have a mean on every data set: nothing is ranked.")
         return
@@ -171,10 +177,12 @@ def _over_datasets(request: Request, checked: Checked, results: Results) -> Iter
         ranking, request.out / "figures/ranks.png", title=f"test {request.metric}",
         synthetic=synthetic,
     )  # fmt: skip
-    words = ranking.reason or (
-        f"Friedman's test that all are alike: p {ranking.p:.3f}; mean ranks that differ by less "
-        f"than {ranking.critical:.2f} are not told apart."
-    )
+    words = ranking.reason
+    if ranking.p is not None:
+        words = (
+            f"Friedman's test that all are alike: p {p_words(ranking.p)}; mean ranks that differ "
+            f"by less than {ranking.critical:.2f} are not told apart."
+        )
     yield Text(f"Mean ranks over {ranking.datasets} data sets. {words}")
     rows = []
     for label, rank in ranking.ranks.items():
@@ -183,6 +191,8 @@ def _over_datasets(request: Request, checked: Checked, results: Results) -> Iter
         gap = pooled.reason or ""
         if pooled.value is not None:
             gap = with_interval(pooled.value, pooled.low, pooled.high, "+")
+            if pooled.datasets < len(per):
+                gap += f", of {pooled.datasets} data sets"
         elif not any(found.values()):
             gap = "not tested"
         if any(per[name][label].sized.row.method == request.reference for name in per):
@@ -200,9 +210,9 @@ def _made(request: Request, results: Results) -> Iterator[str]:
     seeds = ", ".join(map(str, request.seeds))
     yield (
         f"{request.splits} split{'s' * (request.splits > 1)}, seeds {seeds}. All rows of a data "
-        "set have the same splits, and in a seed the same order of batches, the same augmentation "
-        "and the same number of updates. The epoch is chosen on the validation images; the test "
-        "images are scored once, at the end of a run."
+        "set have the same splits, and with as many training images the same order of batches in "
+        "a seed, the same augmentation and the same number of updates. The epoch is chosen on the "
+        "validation images; the test images are scored once, at the end of a run."
     )
     if request.tuning:
         yield (
@@ -216,7 +226,8 @@ def _made(request: Request, results: Results) -> Iterator[str]:
     if request.reference is not None:
         yield (
             f"Differences are to {request.reference}; those within {request.rope:g} mean nothing "
-            "here. p-values are corrected for the number of methods (Holm)."
+            "here. p-values are corrected for the number of methods of a data set, size and number "
+            "of training images (Holm), not for that of data sets."
         )
     yield f"Code {code_version()[:12]}."
 

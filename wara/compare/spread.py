@@ -92,7 +92,7 @@ class Spread:
     @property
     def _squares(self) -> tuple[Square, ...]:
         """The squares that say how much training varies."""
-        return (self.splits,) if self.by_split and self.splits else self.seeds
+        return (self.splits,) if self.splits and (self.by_split or not self.seeds) else self.seeds
 
     @property
     def error(self) -> float:

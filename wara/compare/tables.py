@@ -46,16 +46,18 @@ def csv_rows(request: Request, results: Results) -> tuple[Sequence[str], list[li
 
 def _csv_row(request: Request, line: Line) -> list[Any]:
     row, own, other = line.sized.row, line.summary, line.difference
-    seen = own is not None and own.value is not None
     numbers = [getattr(own, name, None) for name in ("value", "low", "high")]
-    numbers += [getattr(other, name, None) for name in ("value", "low", "high", "p", "p_holm")]
+    numbers += [getattr(other, name, None) for name in ("value", "low", "high")]
     return [
         line.dataset, line.label, row.method, row.budget, row.train, line.sized.adapter_params,
         line.sized.head_params,
         *(_exact(line, key) for key in ("file_bytes", "lr", "weight_decay")),
         len(line.finished), line.wanted, request.metric,
         *(None if number is None else f"{number:.6f}" for number in numbers),
-        getattr(other, "verdict", None), reason_of(line) if not seen or line.untested else None,
+        # Six digits behind the point would make a small one 0.
+        *(None if p is None else f"{p:.6g}"
+          for p in (getattr(other, "p", None), getattr(other, "p_holm", None))),
+        getattr(other, "verdict", None), reason_of(line) or None,
     ]  # fmt: skip
 
 
@@ -65,12 +67,12 @@ def _exact(line: Line, key: str) -> str:
 
 
 def reason_of(line: Line) -> str:
-    """Return why a line lacks its score or its test, in words; empty where it lacks nothing."""
+    """Return why a line lacks its score, an interval or its test; empty where it lacks nothing."""
     if line.summary is None:
         failures = [record["reason"] for record in line.records if record["status"] == "failed"]
         return failures[0] if failures else "no cell was run"
-    missing = line.summary.reason if line.summary.value is None else None
-    return missing or line.untested or getattr(line.difference, "reason", None) or ""
+    untested = line.untested or getattr(line.difference, "reason", None)
+    return "; ".join(dict.fromkeys(filter(None, (line.summary.reason, untested))))
 
 
 def cells_of_table(request: Request, lines: Sequence[Line]) -> list[list[str]]:
@@ -107,13 +109,18 @@ def with_interval(value: float, low: float | None, high: float | None, sign: str
     return text if low is None or high is None else f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
+def p_words(p: float) -> str:
+    """Return a p-value to three digits, which is never 0."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _difference_cells(request: Request, line: Line) -> list[str]:
     other = line.difference
     if line.sized.row.method == request.reference:
         return ["reference", "", ""]
     if other is None or other.value is None:
         return ["-", "-", line.untested or (other.words if other else "not tested")]
-    p = "-" if other.p_holm is None else f"{other.p_holm:.3f}"
+    p = "-" if other.p_holm is None else p_words(other.p_holm)
     return [with_interval(other.value, other.low, other.high, "+"), p, other.words]
 
 
