@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import math
+import os
 import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -250,6 +253,15 @@ def test_free_memory_is_the_least_of_what_limits_it(tmp_path, monkeypatch) -> No
 ])  # fmt: skip
 def test_a_failed_allocation_is_a_lack_of_resources(error: Exception) -> None:
     assert as_refusal(error).exit_code == 7
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENAMETOOLONG])
+def test_what_may_not_be_used_is_no_bug(number: int) -> None:
+    found = as_refusal(OSError(number, os.strerror(number), "/mnt/share/x"))
+    assert found.exit_code == 5 and "/mnt/share/x" in str(found) and found.remedy
+    with pytest.raises(RuntimeError) as caught:
+        Path("~nobody-of-this-name/images").expanduser()
+    assert as_refusal(caught.value).exit_code == 2
 
 
 @pytest.mark.parametrize(("room", "exit_code"), [(100 << 20, 7), (1 << 30, 1)])

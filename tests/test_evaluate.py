@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from deploy_helpers import CARD, make_cases
+from PIL import Image
 from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
@@ -323,6 +324,22 @@ def test_what_cannot_be_asked(
     place = tmp_path / "out"
     assert main(["evaluate", str(bundle), "--data", str(cases), "--out", str(place), *words]) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_results_do_not_become_a_class(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tmp_path / "tree"
+    for name in ("calm", "mixed", "rough"):
+        (tree / name).mkdir(parents=True)
+        Image.new("L", (40, 40), 90).save(tree / name / "0.png")
+    for verb in ("evaluate", "calibrate"):
+        words = [verb, str(bundle), "--data", str(tree), "--out", str(tree / "out")]
+        assert main(words) == 2
+        assert "--out lies among the images" in capsys.readouterr().err
+    words = ["train", "--cfg", "fundus_wara.yaml", "--set", f"dataset={tree}", "--dry-run", "--out"]
+    assert main([*words, str(tree / "calm" / "run")]) == 2
+    assert "out lies among the images" in capsys.readouterr().err
 
 
 def test_a_place_that_is_taken_and_a_model_that_is_none(

@@ -212,6 +212,8 @@ def test_an_unknown_class_and_a_point_that_is_not_reached(bundle: Path, tmp_path
     error = refused(run, out, Wish(positive=["calm", "mixed", "rough"], sensitivity=0.9))
     assert error.exit_code == 2 and "leave one out" in str(error)
     assert positive_classes(["rough", "rough"], ["calm", "rough"], "binary") == ["rough"]
+    with pytest.raises(WaraError, match="which classes are positive"):  # no order tells
+        positive_classes([], ["cancer", "healthy"], "binary")
     error = refused(run, out, Wish(positive=["rough"], sensitivity=1.2))
     assert error.exit_code == 2
 

@@ -143,9 +143,21 @@ def test_splits_of_the_source_are_kept():
 
 def test_missing_validation_comes_out_of_training():
     given_splits = ["train"] * 80 + ["test"] * 20
-    splits = assign_splits(image_set([0, 1] * 50, splits=given_splits), **FRACTIONS)
+    images = image_set([0, 1] * 50, splits=given_splits)
+    splits = assign_splits(images, **FRACTIONS)
     assert splits[80:] == ["test"] * 20
     assert Counter(splits[:80]) == {"train": 68, "val": 12}
+    assert ["names no val images" in note for note in images.notes] == [True]
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_one_name_for_all_images_is_no_split(name: str):
+    images = image_set([0, 1] * 50, splits=[name] * 100)
+    splits = assign_splits(images, **FRACTIONS)
+    assert splits == assign_splits(image_set([0, 1] * 50), **FRACTIONS)
+    assert not any(record.split for record in images.records)  # what is checked later is told
+    assert [note for note in images.notes if f"called {name}" in note]
+    assert assign_splits(images, **FRACTIONS) == splits and len(images.notes) == 1
 
 
 def test_a_hundred_thousand_images_are_split_in_seconds():

@@ -335,6 +335,17 @@ def dicom(pixels: np.ndarray, *, syntax=ExplicitVRLittleEndian, body: bytes | No
     return stream.getvalue()
 
 
+@pytest.mark.parametrize("tags", [{"Rows": 5}, {"Columns": 4}, {"Rows": 6, "Columns": 7}])
+def test_pixels_that_the_header_does_not_state_are_refused(tags):
+    """The picture would be cut short, or its lines would shift."""
+    grey = np.full((7, 8), 90, np.uint8)
+    data = dicom(grey, **tags)
+    with pytest.raises(WaraError, match="more pixel data than the one frame"):
+        read_image(data)
+    padded = dicom(grey, body=grey.tobytes() + bytes(200))
+    np.testing.assert_array_equal(read_image(padded)[..., 0], grey)
+
+
 def test_dicom_of_8_bits_is_shown_as_stored():
     grey = ramp(7, "uint8")  # up to 127: nothing may be stretched
     np.testing.assert_array_equal(read_image(dicom(grey))[..., 0], grey)

@@ -284,6 +284,7 @@ def test_damaged_rows_are_not_continued(
         (["in.png", "--out", "folder"], "--out is a folder"),
         (["in.png", "--out", "x.csv", "--trace", "folder"], "--trace is a folder"),
         (["in.png", "--out", "x.csv", "--dicom-sr", "li.txt"], "--dicom-sr is no folder"),
+        (["folder", "--out", "x.csv", "--dicom-sr", "folder/sr"], "--dicom-sr lies in a folder"),
     ],
 )  # fmt: skip
 def test_no_output_takes_the_place_of_something(

@@ -12,7 +12,8 @@ import pytest
 from deploy_helpers import make_cases
 
 from wara.cli import main
-from wara.deploy.trace import verify_trace
+from wara.deploy.predictor import Predictor
+from wara.deploy.trace import Trace, verify_trace
 from wara.deploy.verify import verify
 from wara.errors import WaraError
 from wara.runs.folder import RunFolder
@@ -90,6 +91,35 @@ def test_calls_without_an_end_are_told(trace: Path, tmp_path: Path) -> None:
     copy.write_text("")
     with pytest.raises(WaraError, match="the trace is empty"):
         list(verify(copy))
+
+
+def test_a_call_that_was_stopped_does_not_say_that_it_ended(trace: Path, bundle: Path) -> None:
+    """The stop may come within a line, so that the call does not know how many there are."""
+    path = trace.with_name("stopped.jsonl")
+    with pytest.raises(KeyboardInterrupt), Trace(path, Predictor(bundle)) as stopped:
+        stopped.lines -= 1  # the stop came after the line was written, before it was counted
+        raise KeyboardInterrupt
+    assert any("not closed: the call of line 1" in line for line in verify(path))
+    with Trace(path, Predictor(bundle)):
+        pass
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    assert kinds == ["open", "open", "close"] and list(verify(path))
+
+
+@pytest.mark.parametrize("name", ["report.md", "plots/roc.png", "checkpoints/best.ckpt"])
+def test_every_file_of_a_run_is_checked(name: str, bundle: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(bundle.parent / "run", tmp_path / "run"))
+    with (run / name).open("ab") as stream:
+        stream.write(b" ")
+    with pytest.raises(WaraError, match="changed since the run ended.*") as caught:
+        list(verify(run))
+    assert caught.value.exit_code == 4 and name in str(caught.value)
+    (run / name).unlink()
+    if name.startswith("checkpoints"):  # may have been removed, to save space
+        assert list(verify(run))
+    else:
+        with pytest.raises(WaraError, match="gone"):
+            list(verify(run))
 
 
 @pytest.mark.parametrize("name", [

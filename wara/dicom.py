@@ -108,7 +108,8 @@ class DicomPicture(Header):
         if not packed:
             if fragments:
                 raise self.refuse("fragments of pixels, where the header states no compression")
-            if len(pixels) >= 2 * expected and len(pixels) > expected + 1:
+            # Behind the frame there may be padding, and nothing that a picture could be of.
+            if any(pixels[expected + 1 :]):
                 raise self.refuse("more pixel data than the one frame that the header states")
         else:
             from pydicom.encaps import encapsulate

@@ -24,6 +24,7 @@ LONGEST = 6000
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK = (*_FULL, errno.EROFS, errno.EIO)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 # As torch, onnxruntime, C++, NumPy, pydicom and the loader of libraries have it, in small letters.
 _NO_MEMORY = (
     "can't allocate memory", "cannot allocate", "failed to allocate memory", "unable to allocate",
@@ -189,6 +190,12 @@ def as_refusal(error: BaseException) -> WaraError:
         return WaraError(inside.group(1), *parts)
     if isinstance(error, OSError) and error.errno in _DISK:
         return storage_error(error, error.filename or "")
+    if isinstance(error, OSError) and error.errno in _CLOSED:
+        remedy = "check the name, and who may read and write there"
+        where = str(error.filename or "")
+        return WaraError("storage", f"cannot be used: {error.strerror}", where, remedy)
+    if isinstance(error, RuntimeError) and "home directory" in message:
+        return WaraError("usage", "no such user, after a ~", "", "write the whole path")
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     if _at_the_limit():
         return WaraError("resources", f"no memory left ({text})", "", "raise the limit of memory")

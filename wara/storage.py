@@ -108,6 +108,15 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _sync_tree(folder: Path) -> None:
+    """Make what a folder holds durable, so that its name is never that of empty files."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(Path(place, name), "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(Path(place))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success it replaces `path`, on any failure it is removed.
@@ -154,9 +163,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             shutil.copymode(target, temp)
         yield temp
         files = sorted(temp.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
-        for file in files:
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+        _sync_tree(temp)
         if not target.exists():
             os.rename(temp, target)
         elif fixed or not _exchanged(temp, target):
@@ -191,6 +198,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temp
         try:
+            _sync_tree(temp)
             temp.rename(path)
             sync_folder(path.parent)
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from wara.data import appearance, gate
 from wara.data.appearance import Looks
 from wara.data.balance import SplitTable, few
 from wara.data.gate import Findings
-from wara.data.imageset import FileReader, ImageSet, left_out_line
+from wara.data.imageset import ImageSet, left_out_line
+from wara.data.sources import check_apart
 from wara.errors import WaraError, WaraErrors
 from wara.training import setup
 
@@ -73,7 +73,7 @@ def inspect(config: RunConfig, *, report: Path | None) -> Inspection:
         findings = Findings({"the data set as a whole": list(errors)}, [])
         return Inspection(config.dataset, None, [], findings, None, [], [])
     if report is not None:
-        _check_apart(report, config.dataset, images)
+        check_apart(report, "--report", images)
     setup.survey(config, images, None, known=True)
     splits = setup.divide(config, images)
     findings = gate.examine(images, splits, setup.twin_rule(config))
@@ -83,15 +83,3 @@ def inspect(config: RunConfig, *, report: Path | None) -> Inspection:
     found = appearance.looks(images) if len(images) else []
     warnings = [*few(table), *appearance.warnings(images, found)] if len(images) else []
     return Inspection(config.dataset, images, splits, findings, table, found, warnings)
-
-
-def _check_apart(report: Path, dataset: str, images: ImageSet) -> None:
-    """Refuse a report among the images: the next look at them would take it for a class."""
-    roots = [Path(dataset).expanduser()] if Path(dataset).expanduser().is_dir() else []
-    if isinstance(images.reader, FileReader) and len(images.reader.paths) > 1:
-        roots.append(Path(os.path.commonpath([path.absolute() for path in images.reader.paths])))
-    place = report.resolve()
-    for root in roots:
-        if root.resolve() in (place, *place.parents):
-            what, remedy = "--report lies among the images", "choose a folder outside of them"
-            raise WaraError("usage", what, str(report), remedy)

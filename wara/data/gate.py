@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +47,19 @@ def assign_splits(
     given = [record.split for record in image_set.records]
     present = set(given) - {None}
     if present in ({"train"}, {"val"}):
-        # One folder only: a name, not a split.
-        given, present = [None] * len(given), set()
+        # One folder only: a name, not a split. Nor may it be one for what is checked later.
+        what = f"all images are called {present.pop()}, which tells nothing apart: they are split"
+        image_set.records = tuple(replace(record, split=None) for record in image_set.records)
+        image_set.notes = (*image_set.notes, what)
+        given = [None] * len(given)
     if set(SPLITS) <= present or ("train" not in present and present):
         return [split or "train" for split in given]
 
     wanted = {"val": val_fraction, "test": test_fraction}
     missing = [split for split in ("val", "test") if split not in present]
+    for name in (split for split in missing if present and wanted[split] > 0):
+        what = f"the source names no {name} images: they are taken out of its training images"
+        image_set.notes = tuple(dict.fromkeys([*image_set.notes, what]))
     pool = [index for index, split in enumerate(given) if split in (None, "train")]
     names = ["train", *missing]
     fractions = [1 - sum(wanted[split] for split in missing), *(wanted[s] for s in missing)]

@@ -153,6 +153,7 @@ class ImageSet:
         left_out: what lies there and was not taken, one sentence; a note, and the last line of
             what the gate refuses.
         columns: what a table says of each record beyond that: its cells, by the name of a column.
+        folders: that hold the images, below which nothing else is to be written.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class ImageSet:
         faults: Sequence[WaraError] = (),
         left_out: str = "",
         columns: Mapping[str, Sequence[str]] | None = None,
+        folders: Iterable[Path] = (),
     ) -> None:
         self.card = card
         self.records = tuple(records)
@@ -178,7 +180,7 @@ class ImageSet:
         self.notes = (*notes, left_out) if left_out else tuple(notes)
         self.left_out = left_out
         self.faults = tuple(faults)
-        self.columns = dict(columns or {})
+        self.columns, self.folders = dict(columns or {}), tuple(folders)
         self.unreadable: tuple[WaraError, ...] | None = None
         self.bits: int | None = card.bits
         self.greys: str = card.greys

@@ -109,6 +109,23 @@ def open_source(
         return drawn
 
 
+def check_apart(place: Path, option: str, images: ImageSet) -> None:
+    """Refuse to write among images: the next look at class folders would find one class more.
+
+    Args:
+        place: that gets a new entry, or is one; need not exist.
+        option: that names it.
+        images: that are read.
+
+    Raises:
+        WaraError: kind "usage".
+    """
+    real = place.expanduser().resolve()
+    if any(folder.resolve() in (real, *real.parents) for folder in images.folders):
+        what, remedy = f"{option} lies among the images", "choose a folder outside of them"
+        raise WaraError("usage", what, str(place), remedy)
+
+
 def _shown_by(card: Card, modality: Modality | None) -> Card:
     """Return a card with the modality that it leaves open, and the augmentation that goes with it.
 

@@ -127,6 +127,8 @@ def open_table(
         notes=[*sheet.notes, *places.notes, *notes],
         faults=faults,
         columns={name: [row[name] for row in taken] for name in sheet.header},
+        # A run beside the table is no harm: what the table does not name is not read.
+        folders={Path(image).parent for image in paths} - {path.parent},
     )
 
 

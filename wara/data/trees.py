@@ -153,6 +153,7 @@ def _open(
         notes=notes,
         faults=[*faults, *walk.faults],
         left_out=walk.sentence(),
+        folders=[root],
     )
 
 

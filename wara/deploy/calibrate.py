@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import wara
+from wara.data.sources import check_apart
 from wara.deploy import card
 from wara.deploy.bundle import MANIFEST, Bundle, canonical, describe_files, open_bundle, seal
 from wara.deploy.labelled import Labelled, Outcome, open_labelled, score
@@ -101,6 +102,9 @@ def calibrate(
         parent = open_bundle(bundle)
         model = of_bundle(Predictor(bundle, abstain_on=()))
         labelled = open_labelled(data, model, root=wanted.root)
+        check_apart(out, "--out", labelled.images)
+        for note in labelled.images.notes:
+            say(f"note: {note}")
         say(f"asking the model about {len(labelled.indices)} cases")
         outcome = score(model, labelled)
         _check(outcome, model, data)

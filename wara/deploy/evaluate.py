@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import wara
+from wara.data.sources import check_apart
 from wara.deploy import evaluation_report
 from wara.deploy.columns import UNKNOWN, By, groups_of, names_of, parse_by
 from wara.deploy.labelled import Labelled, Outcome, open_labelled, score
@@ -95,6 +96,9 @@ def evaluate(
         for column in by:
             groups_of(column, [columns[column.column][i] for i in labelled.indices])
         _positive(model, request.positive)
+        check_apart(out, "--out", labelled.images)
+        for note in labelled.images.notes:
+            say(f"note: {note}")
         say(f"asking the model about {len(labelled.indices)} images")
         outcome = score(model, labelled, batch_size=request.batch_size)
         found = _Findings(model, labelled, outcome, request)
@@ -120,7 +124,7 @@ def _positive(model: Model, asked: Sequence[str]) -> list[str]:
             what = f"the operating point of the model is of: {', '.join(own)}"
             raise WaraError("usage", what, "--positive", "leave it out")
         return own
-    if not asked and model.task != "binary":
+    if not asked:
         return []
     return positive_classes(asked, model.classes, model.task)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save
 import wara
 from wara.cards import told_of
 from wara.data.imageset import ImageSet
-from wara.data.sources import open_source
+from wara.data.sources import check_apart, open_source
 from wara.deploy import card, parity
 from wara.deploy.bundle import FORMAT, MANIFEST, VERSION, canonical, describe_files, seal
 from wara.deploy.graph import export_onnx, plain, quantise
@@ -115,6 +115,7 @@ class _Export:
     def __init__(self, run: Run, folder: Path, wish: Wish, say: Callable[[str], None]) -> None:
         self.run, self.folder, self.wish, self.say = run, folder, wish, say
         self.images = _images_of(run)
+        check_apart(folder.parent, "--out", self.images)
         self.splits = _indices(run, self.images)
 
     def write(self) -> None:

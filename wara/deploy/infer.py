@@ -153,9 +153,7 @@ def _rows(
         if arguments.trace is not None:
             from wara.deploy.trace import Trace
 
-            trace = Trace(arguments.trace, predictor)
-            ends.callback(trace.close)
-            hooks.append(trace.add)
+            hooks.append(ends.enter_context(Trace(arguments.trace, predictor)).add)
         for prediction in predictor.predict(
             sources.paths[len(output.rows) :],
             batch_size=arguments.batch_size,

@@ -59,7 +59,7 @@ def operating_point(
         classes: names of the outputs.
         task: see `to_probs`.
         temperature: of the probabilities.
-        positive: classes that count as positive; for binary tasks the second by default.
+        positive: classes that count as positive.
         sensitivity: asked for.
         specificity: asked for; without either there is no operating point.
         bootstrap: resamples of the intervals.
@@ -107,17 +107,17 @@ def operating_point(
 
 
 def positive_classes(asked: Sequence[str], classes: Sequence[str], task: str) -> list[str]:
-    """Return the classes that count as positive; of a binary task the second by default.
+    """Return the classes that count as positive.
 
     Args:
-        asked: names, or none.
+        asked: names; which class is the finding, no order of classes tells.
         classes: names of the outputs.
         task: see `to_probs`.
 
     Raises:
         WaraError: kind "config" for an unknown class, none or all of them.
     """
-    chosen = list(dict.fromkeys(asked)) or (list(classes[1:]) if task == "binary" else [])
+    chosen = list(dict.fromkeys(asked))
     if not chosen:
         what = "which classes are positive?"
         raise WaraError("config", what, "--positive", f"name some of: {', '.join(classes)}")

@@ -56,7 +56,8 @@ def check_places(
 
     Raises:
         WaraError: kind "usage" for a file that is a folder or a folder that is a file, a place
-            inside a bundle or a run, an input, or one that two options name.
+            inside a bundle or a run, an input, a folder below one that is read, or a place that
+            two options name.
     """
     for option, path in files.items():
         if path.exists() and not path.is_file():
@@ -80,6 +81,10 @@ def check_places(
         if option:
             what = f"{option} is also read, and would be overwritten"
             raise WaraError("usage", what, str(path), "choose another place")
+        for option, folder in folders.items():
+            if path.is_dir() and path.resolve() in folder.resolve().parents:
+                what = f"{option} lies in a folder that is read, where its files would be read next"
+                raise WaraError("usage", what, str(folder), "choose another place")
 
 
 def _identity(path: Path) -> object:

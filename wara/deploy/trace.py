@@ -116,10 +116,18 @@ class Trace:
             "error": None if error is None else f"{error.kind}: {_UNREADABLE}",
         })  # fmt: skip
 
-    def close(self) -> None:
-        """Say how many lines the call has written."""
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Say how many lines the call has written, if it came to its end.
+
+        One that was stopped may have stood within `_add`, so that it knows neither how many lines
+        there are nor how the last one ends; the next call reads that from the file.
+        """
         try:
-            self._add("close", {"lines": self.lines})
+            if kind is None:
+                self._add("close", {"lines": self.lines})
         finally:
             self._stream.close()
 

@@ -17,6 +17,7 @@ from wara.evaluation.metrics import point_metrics
 from wara.evaluation.predict import Predictions
 from wara.images import load_array, normalise
 from wara.runs.load import Run, load_run
+from wara.runs.sealed import check_all
 
 
 def verify(path: str | Path) -> Iterator[str]:
@@ -78,6 +79,7 @@ def _bundle(path: Path) -> Iterator[str]:
 def _run(path: Path) -> Iterator[str]:
     run = load_run(path)
     yield f"run: {run.metrics['method']} on {run.metrics['dataset']}, finished"
+    yield f"files: {check_all(run.folder)} are as they were when the run ended"
     splits = run.splits()
     for split in ("val", "test"):
         table = run.predictions(split)

@@ -67,6 +67,20 @@ def seal_of_results(run: RunFolder) -> dict[str, str]:
     return results
 
 
+def check_all(run: RunFolder) -> int:
+    """Check every file of a finished run, and return how many there are.
+
+    Checkpoints may have been removed, not changed.
+
+    Raises:
+        WaraError: kind "artefact" when the run has no list, or is not as it says.
+    """
+    files = _list_of(run)
+    there = {n: h for n, h in files.items() if "checkpoints/" not in n or (run.path / n).exists()}
+    _check(run, there)
+    return len(there)
+
+
 def check_sealed(run: RunFolder, paths: Iterable[Path]) -> None:
     """Refuse files of a finished run that are not those that it ended with.
 

@@ -206,6 +206,7 @@ def prepare(
         )  # fmt: skip
     device = pick_device(config)
     images = (opened or open_images)(config)
+    sources.check_apart(config.folder, "out", images)
     losses.check_options(
         config.loss, images.card.task, smoothing=config.label_smoothing, monitor=config.monitor
     )
