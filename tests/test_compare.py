@@ -171,6 +171,7 @@ def test_what_a_method_draws_is_drawn_anew_for_each_seed(tmp_path: Path) -> None
         (given, "waveft:seed=3", [3, 3, 3]), (given, "lora", [None, None, None]),
         (given, "vera", [0, 1, 4]),
         ({"method": "wara"}, "wara:wavelet=random", [0, 1, 4]),
+        ({"method": "lora", "budget": "lora_r1"}, "wara", [0, 1, 4]),
     ]:  # fmt: skip
         row = Row(with_method(tiny_config(tmp_path, adapter=adapter), method), method)
         drawn = cells_of(row, 2, [0, 1, 4])

@@ -346,10 +346,11 @@ def _drawn_anew(row: Row, seed: int) -> Method:
 
     With one draw for all runs no interval would hold what another draw would have changed.
     """
-    method: Any = row.config.adapter
-    if not isinstance(getattr(method, "seed", None), int) or "seed" in variant_of(row.method)[1]:
+    method, own = row.config.adapter, getattr(row.config.adapter, "seed", None)
+    if not isinstance(own, int) or "seed" in variant_of(row.method)[1]:
         return method
-    return replace(method, seed=(method.seed + seed) % 2**63)
+    options = method.options() | {"seed": (own + seed) % 2**63}
+    return method_from_options(type(method), options)
 
 
 def with_rates(cell: Cell, chosen: RunConfig) -> Cell:
