@@ -177,6 +177,10 @@ def test_what_a_method_draws_is_drawn_anew_for_each_seed(tmp_path: Path) -> None
         drawn = cells_of(row, 2, [0, 1, 4])
         assert [getattr(cell.config.adapter, "seed", None) for cell in drawn] == wanted * 2
         assert [cell.config.seed for cell in drawn] == [0, 1, 4] * 2
+        record = tmp_path / "compare.json"  # which takes more seeds later
+        record.write_text(json.dumps(cells_module.check_grid(record, cells_of(row, 2, [0]))))
+        cells_module.check_grid(record, drawn)
+        record.unlink()
 
 
 @pytest.mark.parametrize(
