@@ -156,7 +156,7 @@ def test_one_name_for_all_images_is_no_split(name: str):
     splits = assign_splits(images, **FRACTIONS)
     assert splits == assign_splits(image_set([0, 1] * 50), **FRACTIONS)
     assert not any(record.split for record in images.records)  # what is checked later is told
-    assert [note for note in images.notes if f"called {name}" in note]
+    assert [note for note in images.notes if f"anything but {name}" in note]
     assert assign_splits(images, **FRACTIONS) == splits and len(images.notes) == 1
 
 

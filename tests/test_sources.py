@@ -14,7 +14,7 @@ from PIL import Image
 
 from wara.cards import load_card
 from wara.data import medmnist_files
-from wara.data.sources import default_cache, open_source
+from wara.data.sources import check_apart, default_cache, open_source
 from wara.errors import WaraError
 from wara.net import reachable
 
@@ -48,6 +48,32 @@ def no_network(monkeypatch, tmp_path):
     import medmnist.info
 
     monkeypatch.setattr(medmnist.info, "DEFAULT_ROOT", str(tmp_path / "home"))
+
+
+# --- where outputs may lie --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", ["t.csv", "tables/t.csv", "labels.csv"])
+def test_outputs_lie_apart_from_images_and_may_lie_beside_a_table(tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    files = [put(tmp_path / name, i) for i, name in enumerate(["a.png", "b.png", "in/c.png"])]
+    Path(named).parent.mkdir(exist_ok=True)
+    Path(named).write_text("file,label\n" + "".join(f"{f},{i % 2}\n" for i, f in enumerate(files)))
+    images = open_(named, tmp_path, within=tmp_path)
+    check_apart(Path("runs/one"), "out", images)
+    for place in ("in", "in/runs/one"):
+        with pytest.raises(WaraError, match="out lies among the images"):
+            check_apart(Path(place), "out", images)
+
+
+def test_outputs_lie_apart_from_class_folders(tmp_path):
+    put(tmp_path / "set" / "a" / "0.png")
+    put(tmp_path / "set" / "b" / "0.png")
+    images = open_(tmp_path / "set", tmp_path)
+    check_apart(tmp_path / "out", "out", images)
+    for place in ("set", "set/out", "set/a/out"):
+        with pytest.raises(WaraError, match="out lies among the images"):
+            check_apart(tmp_path / place, "out", images)
 
 
 # --- class folders ----------------------------------------------------------------------------

@@ -273,9 +273,10 @@ def with_method(
     except WaraError as error:
         if not own:
             raise
+        flag = "--beside" if apart else "--methods"
         found = error.errors if isinstance(error, WaraErrors) else [error]
         raise WaraErrors(
-            [WaraError(e.kind, e.what, f"--methods {method}", e.remedy) for e in found]
+            [WaraError(e.kind, e.what, f"{flag} {method}", e.remedy) for e in found]
         ) from error
     values = config.model_dump(mode="json")
     values["adapter"] = section_of(made)
@@ -299,6 +300,7 @@ def _options(
     if source is not cls:
         plain = source().options()
         options = {key: value for key, value in options.items() if value != plain.get(key)}
+    apart = apart or class_key(cls) in BESIDE
     wanted = None if apart else budget or options.get("budget")
     where = set(options.get("targets", ATTENTION))
     options = {key: value for key, value in options.items() if same_option(key, source, cls)}

@@ -32,7 +32,8 @@ def assign_splits(
 
     Images of one patient, of the same pixels and near-duplicates stay together. Where the source
     tells training and test images apart but names no validation images (or no test images), they
-    are taken out of its training images; the fraction is then one of those.
+    are taken out of its training images; the fraction is then one of those. One name for all is no
+    split: the records lose it. Notes of `image_set` tell of both.
 
     Args:
         image_set: the data.
@@ -48,7 +49,7 @@ def assign_splits(
     present = set(given) - {None}
     if present in ({"train"}, {"val"}):
         # One folder only: a name, not a split. Nor may it be one for what is checked later.
-        what = f"all images are called {present.pop()}, which tells nothing apart: they are split"
+        what = f"no image is called anything but {present.pop()}, so the images are split"
         image_set.records = tuple(replace(record, split=None) for record in image_set.records)
         image_set.notes = (*image_set.notes, what)
         given = [None] * len(given)

@@ -128,7 +128,7 @@ def open_table(
         faults=faults,
         columns={name: [row[name] for row in taken] for name in sheet.header},
         # A run beside the table is no harm: what the table does not name is not read.
-        folders={Path(image).parent for image in paths} - {path.parent},
+        folders={Path(image).parent.resolve() for image in paths} - set(path.resolve().parents),
     )
 
 
