@@ -108,8 +108,9 @@ class DicomPicture(Header):
         if not packed:
             if fragments:
                 raise self.refuse("fragments of pixels, where the header states no compression")
-            # Behind the frame there may be padding, and nothing that a picture could be of.
-            if any(pixels[expected + 1 :]):
+            # Behind the frame there may be some padding, and nothing that a picture could be of.
+            behind = pixels[expected + 1 :]
+            if behind and (len(pixels) >= 2 * expected or behind.strip(b"\0")):
                 raise self.refuse("more pixel data than the one frame that the header states")
         else:
             from pydicom.encaps import encapsulate
