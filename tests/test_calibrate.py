@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from test_bundle import reseal
 
 from wara.cli import main
 from wara.deploy.bundle import MANIFEST, open_bundle
-from wara.deploy.calibrate import FEWEST, Wanted, calibrate
+from wara.deploy.calibrate import FEWEST, Wanted, _wish, calibrate
+from wara.deploy.labelled import open_labelled
+from wara.deploy.models import of_bundle
 from wara.deploy.predictor import Distance, Predictor
 from wara.deploy.verify import verify
 from wara.errors import WaraError
@@ -143,6 +146,26 @@ def test_what_it_predicts_follows_the_new_numbers(
         assert row["decision"] == ("positive" if wanted[2] >= point["threshold"] else "negative")
         abstained += "unlike" in (row["abstain_reason"] or "")
     assert abstained <= 1  # of the very cases whose 99th percentile is the limit
+
+
+def test_positive_is_what_the_user_names_then_the_model_then_the_card(
+    bundle: Path, cases: Path, tmp_path: Path
+) -> None:
+    card = CARD.replace("data/labels.csv", str(cases / "labels.csv"))
+    (tmp_path / "grain.yaml").write_text(card + "positive: [mixed]\n")
+    model = of_bundle(Predictor(bundle, abstain_on=()))
+    labelled = open_labelled(str(tmp_path / "grain.yaml"), model)
+    said = "the card calls mixed positive, the model's operating point rough"
+    assert labelled.images.notes[-1] == said
+    for point, named, wanted in (
+        (model.point, [], "rough"), (None, [], "mixed"),
+        (model.point, ["calm"], "calm"), (None, ["calm"], "calm"),
+    ):  # fmt: skip
+        asked = Wanted(positive=named, sensitivity=0.8)
+        assert _wish(replace(model, point=point), labelled, asked)["positive"] == [wanted]
+    plain = open_labelled(str(cases), model)
+    with pytest.raises(WaraError, match="which classes are positive"):
+        _wish(replace(model, point=None), plain, Wanted(sensitivity=0.8))
 
 
 def test_another_operating_point_is_had_for_the_asking(

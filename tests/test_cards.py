@@ -120,6 +120,10 @@ def test_a_card_of_the_users_own(tmp_path):
     ("old", "new", "words"),
     [
         ("modality: ultrasound", "modalty: ultrasound", "did you mean 'modality'?"),
+        ("task: binary", "task: binary\npositive: [gone]", "names 'gone', which is no class"),
+        ("task: binary", "task: binary\npositive: [yess]", "did you mean 'yes'?"),
+        ("task: binary", "task: binary\npositive: ['1']", "write the name of the class, yes"),
+        ("task: binary", "task: binary\npositive: [no, yes]", "leave one out"),
         ("kind: folder", "kind: folder, pth: x", "did you mean 'path'?"),
         ("meaning: Nothing", "meening: Nothing", "did you mean 'meaning'?"),
         (

@@ -158,10 +158,10 @@ def deploys(words: list[str]) -> bool:
 
 def shown_places(words: list[str], page: str) -> list[str]:
     """Return words with a class that the images here have, and an output that is not there yet."""
-    named = {"malignant": "rough", "bundle": f"made_by_{page}"}
+    named = {"--positive": "rough", "--out": f"made_by_{page}"}
     after = ["", *words]
     return [
-        named[w] if w == "malignant" or (w == "bundle" and before == "--out") else w
+        named[before] if before == "--positive" or (w == "bundle" and before == "--out") else w
         for before, w in zip(after, words, strict=False)
     ]
 

@@ -411,6 +411,12 @@ def test_a_run_says_what_its_bundle_says_and_knows_its_images(
     again = Request(bootstrap=0, positive=["mixed", "rough"])
     other = evaluate(run, str(cases), tmp_path / "other", again, say=quiet)
     assert content(other)["decision_curve"]["positive"] == ["mixed", "rough"]
+    card = CARD.replace("{name: rough,", "{name: coarse, aliases: [rough],")
+    card = card.replace("data/labels.csv", str(cases / "labels.csv"))
+    (tmp_path / "grain.yaml").write_text(card + "positive: [coarse]\n")
+    third = evaluate(run, str(tmp_path / "grain.yaml"), tmp_path / "third", Request(bootstrap=0),
+                     say=quiet)  # fmt: skip
+    assert content(third)["decision_curve"]["positive"] == ["rough"]
 
 
 class Seen(HTMLParser):
@@ -507,10 +513,10 @@ def test_labels_apart_are_evaluated_and_calibrated_one_by_one(tmp_path: Path) ->
     (data / "labels.csv").write_text("\n".join([head, *lines]) + "\n")
     card = CARD[: CARD.index("classes:")].replace("multiclass", "multilabel") + (
         "classes: [{name: a, meaning: ''}, {name: b, meaning: ''}]\n"
-        "source: {kind: csv, path: data/labels.csv}\n"
+        "positive: [b, a]\nsource: {kind: csv, path: data/labels.csv}\n"
     )
     (tmp_path / "grain.yaml").write_text(card)
-    bundle = make_bundle(tmp_path, Wish(positive=["a", "b"], specificity=0.5), epochs=1)
+    bundle = make_bundle(tmp_path, Wish(specificity=0.5), epochs=1)  # positive as the card says
     swapped = card.replace(
         "[{name: a, meaning: ''}, {name: b, meaning: ''}]",
         "[{name: b, meaning: ''}, {name: a, meaning: ''}]",

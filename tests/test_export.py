@@ -20,7 +20,7 @@ from wara.cli import main
 from wara.deploy import parity
 from wara.deploy.bundle import open_bundle
 from wara.deploy.export import Wish, export
-from wara.deploy.operating import positive_classes
+from wara.deploy.operating import point_classes, positive_classes
 from wara.deploy.predictor import Distance, Predictor, conformal_set
 from wara.deploy.reliability import Scored, conformal_threshold, feature_statistics
 from wara.errors import WaraError
@@ -209,6 +209,9 @@ def test_an_unknown_class_and_a_point_that_is_not_reached(bundle: Path, tmp_path
     assert error.exit_code == 2 and "--sensitivity or --specificity" in str(error)
     error = refused(run, out, Wish(sensitivity=0.9))
     assert error.exit_code == 2 and "name some of: calm, mixed, rough" in str(error)
+    known = point_classes(["calm", "mixed", "rough"], "multiclass", positive=[],
+                          finding=["rough"], sensitivity=0.9, specificity=None)  # fmt: skip
+    assert known == ["rough"]  # what the card says holds where the user says nothing
     error = refused(run, out, Wish(positive=["calm", "mixed", "rough"], sensitivity=0.9))
     assert error.exit_code == 2 and "leave one out" in str(error)
     assert positive_classes(["rough", "rough"], ["calm", "rough"], "binary") == ["rough"]

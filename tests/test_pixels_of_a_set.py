@@ -15,6 +15,8 @@ from training_helpers import make_weights, tiny_config
 
 from wara.data.imageset import ImageSet
 from wara.data.sources import open_source
+from wara.deploy.labelled import open_labelled
+from wara.deploy.models import open_model
 from wara.errors import WaraError
 from wara.images import ImageSpec, load_array
 from wara.runs.load import load_run
@@ -136,6 +138,19 @@ def test_a_brighter_image_is_refused_at_prediction(finished: Path, tmp_path: Pat
     Image.fromarray(np.full((32, 32), 5000, "u2")).save(tmp_path / "later.png")
     with pytest.raises(WaraError, match="a grey of 5000, where the data set has 12 bits"):
         load_array(tmp_path / "later.png", load_run(finished / "run").spec)
+
+
+def test_a_card_that_contradicts_the_model_is_told(finished: Path, tmp_path: Path) -> None:
+    card = tmp_path / "later.yaml"
+    card.write_text(
+        "name: later\ntitle: Later\ntask: binary\nbits: 16\ngreys: window\n"
+        "classes: [{name: with, meaning: ''}, {name: without, meaning: ''}]\n"
+        f"source: {{kind: folder, path: {finished / 'data'}}}\n"
+    )
+    found = open_labelled(str(card), open_model(finished / "run")).images.notes
+    assert [note for note in found if "as in training" in note] == [
+        "the card says bits 16; images are read with 12, as in training"
+    ]
 
 
 @pytest.mark.parametrize("modality", [None, "dermoscopy", "chest_xray"])

@@ -409,6 +409,16 @@ def test_an_unknown_reason_to_abstain(bundle: Path) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_none_and_a_reason_to_abstain_exclude_each_other(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = next((bundle.parent / "data/images").glob("*.png"))
+    words = ["predict", str(bundle), str(image), "--out", str(tmp_path / "rows.csv")]
+    assert main([*words, "--abstain-on", "none", "--abstain-on", "ambiguous"]) == 2
+    assert "none and ambiguous" in capsys.readouterr().err
+    assert main([*words, "--abstain-on", "none"]) == 0
+
+
 # -- traces -------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from wara.errors import WaraError, WaraErrors, suggest
-from wara.schema import Section, faults_of, read_yaml
+from wara.schema import Section, fault, faults_of, read_yaml
 from wara.storage import shipped
 
 Modality = Literal["fundus", "dermoscopy", "ultrasound", "mammography", "chest_xray"]
@@ -163,6 +163,10 @@ class Card(Section):
     group_column: str | None = Field(
         None, description="Column of the table that names the patient; null: `patient`, if there."
     )
+    positive: list[str] = Field(
+        default_factory=list,
+        description="Classes that are the finding, by name; empty: --positive says it.",
+    )
     intended_use: str | None = Field(
         None, description="What a model of these images may be used for, and by whom."
     )
@@ -204,6 +208,15 @@ class Card(Section):
                 if word in seen:
                     raise ValueError(f"'{word}' names two classes, {seen[word]} and {info.name}")
                 seen[word] = info.name
+        for name in self.positive:
+            if name not in self.class_names:
+                known = self.class_index.get(name)
+                remedy = suggest(name, self.class_names)
+                if known is not None:
+                    remedy = f"write the name of the class, {self.class_names[known]}"
+                raise fault(f"positive names '{name}', which is no class", remedy, "positive")
+        if self.task != "multilabel" and set(self.positive) == set(self.class_names):
+            raise fault("positive names every class", "leave one out", "positive")
         if isinstance(self.source, CsvSource):
             for word in self.source.none:
                 if word in seen:

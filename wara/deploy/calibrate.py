@@ -57,7 +57,8 @@ class Wanted:
     """The operating point that is asked for; without any of these that of the parent is.
 
     Args:
-        positive: classes that count as positive.
+        positive: classes that count as positive; none: those of the parent's operating point,
+            else those that the card of the cases names.
         sensitivity: that it must reach on the local cases.
         specificity: the same; one of the two.
         bootstrap: resamples behind intervals.
@@ -105,11 +106,12 @@ def calibrate(
         check_apart(out, "--out", labelled.images)
         for note in labelled.images.notes:
             say(f"note: {note}")
+        wish = _wish(model, labelled, wanted)
         say(f"asking the model about {len(labelled.indices)} cases")
         outcome = score(model, labelled)
         _check(outcome, model, data)
         say("fitting")
-        fit = _Fit(model, outcome, _wish(model, wanted), wanted.bootstrap)
+        fit = _Fit(model, outcome, wish, wanted.bootstrap)
         _write(folder, parent, fit, labelled, outcome)
     for line in fit.told():
         say(line)
@@ -139,13 +141,13 @@ def _check(outcome: Outcome, model: Model, data: str) -> None:
             raise WaraError("usage", what, data, remedy)
 
 
-def _wish(model: Model, wanted: Wanted) -> dict[str, Any]:
+def _wish(model: Model, labelled: Labelled, wanted: Wanted) -> dict[str, Any]:
     """Return what `operating_point` is asked: what the user wants, else what the parent was."""
     point = model.point
     asked = wanted.sensitivity is not None or wanted.specificity is not None
     own = list(point["positive"]) if point is not None else []
     if asked:
-        names = list(wanted.positive) or own
+        names = list(wanted.positive) or own or labelled.finding
         return {
             "positive": positive_classes(names, model.classes, model.task),
             "sensitivity": wanted.sensitivity,

@@ -43,7 +43,7 @@ class Request:
         by: columns that make groups, `site` or `age:40,60`.
         split: the part of the set to take, where it has parts of its own.
         positive: classes that count as positive in the decision curve, where the model has no
-            operating point.
+            operating point; none: those that the card names.
         batch_size: images at a time.
         bootstrap: resamples behind intervals.
         allow_partial: whether images that cannot be used are no failure.
@@ -95,7 +95,7 @@ def evaluate(
         # Before the model is asked: a slip in --by should not cost an hour.
         for column in by:
             groups_of(column, [columns[column.column][i] for i in labelled.indices])
-        _positive(model, request.positive)
+        _positive(model, labelled, request.positive)
         check_apart(out, "--out", labelled.images)
         for note in labelled.images.notes:
             say(f"note: {note}")
@@ -116,7 +116,7 @@ def evaluate(
     return out
 
 
-def _positive(model: Model, asked: Sequence[str]) -> list[str]:
+def _positive(model: Model, labelled: Labelled, asked: Sequence[str]) -> list[str]:
     """Return the classes that count as positive; none where nobody says so."""
     if model.point is not None:
         own = list(model.point["positive"])
@@ -124,9 +124,8 @@ def _positive(model: Model, asked: Sequence[str]) -> list[str]:
             what = f"the operating point of the model is of: {', '.join(own)}"
             raise WaraError("usage", what, "--positive", "leave it out")
         return own
-    if not asked:
-        return []
-    return positive_classes(asked, model.classes, model.task)
+    names = asked or labelled.finding
+    return positive_classes(names, model.classes, model.task) if names else []
 
 
 class _Findings:
@@ -140,7 +139,7 @@ class _Findings:
         self.labels: NDArray[np.int64] = scored.labels
         self.probs = model.probabilities(scored.logits)
         self.predicted = decide(self.probs, task=model.task)
-        self.positive = _positive(model, request.positive)
+        self.positive = _positive(model, labelled, request.positive)
         index = [model.classes.index(name) for name in self.positive]
         self.scores = positive_score(self.probs, index, model.task) if index else None
         self.truth = is_positive(self.labels, index) if index else None
@@ -250,7 +249,7 @@ class _Findings:
 
     def _curve(self) -> dict[str, Any]:
         if self.scores is None or self.truth is None:
-            remedy = "name classes with --positive"
+            remedy = "name classes with --positive, or in the card"
             return {"reason": f"nothing says which classes are positive; {remedy}"}
         if self.truth.all() or not self.truth.any():
             which = "every" if self.truth.all() else "no"

@@ -51,7 +51,7 @@ class Wish:
     """What is asked of an export.
 
     Args:
-        positive: classes that count as positive.
+        positive: classes that count as positive; none: those that the card names.
         sensitivity: that the operating point must reach on validation images.
         specificity: the same; one of the two, or none.
         int8: whether to quantise.
@@ -99,14 +99,19 @@ def export(
 
 def _check(run: Run, wish: Wish) -> None:
     """Refuse at once what minutes of work would not change."""
-    point_classes(
-        run.classes, run.task, positive=wish.positive, sensitivity=wish.sensitivity,
-        specificity=wish.specificity,
-    )  # fmt: skip
+    if wish.positive:
+        _positive(run, wish)
     if run.backbone.statistics == "assumed":
         what = "mean and std of the images were assumed in this run"
         remedy = "train again with backbone.mean and backbone.std, or with the tag of the weights"
         raise WaraError("config", what, "backbone.mean, backbone.std", remedy)
+
+
+def _positive(run: Run, wish: Wish, finding: Sequence[str] = ()) -> list[str]:
+    return point_classes(
+        run.classes, run.task, positive=wish.positive, finding=finding,
+        sensitivity=wish.sensitivity, specificity=wish.specificity,
+    )  # fmt: skip
 
 
 class _Export:
@@ -116,6 +121,7 @@ class _Export:
         self.run, self.folder, self.wish, self.say = run, folder, wish, say
         self.images = _images_of(run)
         check_apart(folder.parent, "--out", self.images)
+        self.positive = _positive(run, wish, self.images.card.positive)
         self.splits = _indices(run, self.images)
 
     def write(self) -> None:
@@ -149,7 +155,7 @@ class _Export:
         (self.folder / "reliability.json").write_bytes(canonical(trusted))
         point = operating_point(
             parts, run.classes, run.task, temperature,
-            positive=self.wish.positive, sensitivity=self.wish.sensitivity,
+            positive=self.positive, sensitivity=self.wish.sensitivity,
             specificity=self.wish.specificity, bootstrap=run.config.bootstrap,
         )  # fmt: skip
         self._write_code()

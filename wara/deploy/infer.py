@@ -203,6 +203,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
     if arguments.out is None:
         raise WaraError("usage", "no place for the rows", "", "give --out predictions.csv")
+    reasons = arguments.abstain_on or []
+    if "none" in reasons and set(reasons) != {"none"}:
+        what = f"none and {', '.join(r for r in dict.fromkeys(reasons) if r != 'none')}"
+        raise WaraError("usage", what, "--abstain-on", "give none alone, or leave it out")
 
 
 def _check_places(arguments: argparse.Namespace, inputs: Iterable[Path]) -> None:

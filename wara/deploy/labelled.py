@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,14 @@ class Labelled:
         labels: of these, in the order of the model's classes: class indices `[n]`, or 0/1
             `[n, c]` for multilabel tasks.
         split: the part that was asked for; None for all of it.
+        finding: classes of the model that the card calls positive.
     """
 
     images: ImageSet
     indices: list[int]
     labels: NDArray[np.int64]
     split: str | None
+    finding: list[str]
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,28 @@ def open_labelled(
                             "leave out --split, or name another one")  # fmt: skip
     labels = images.labels[indices]
     labels = labels[:, places] if several else np.argsort(places)[labels]
-    return Labelled(images, indices, labels, split)
+    positive = {images.card.class_index[name] for name in images.card.positive}
+    finding = [name for name, place in zip(model.classes, places, strict=True) if place in positive]
+    images.notes = (*images.notes, *_contradictions(images.card, model, finding))
+    return Labelled(images, indices, labels, split, finding)
+
+
+def _contradictions(card: Card, model: Model, finding: Sequence[str]) -> Iterator[str]:
+    """Yield where a card says otherwise than the model, which rules as in `wara predict`."""
+    ours, greys = model.spec.bits, model.spec.greys
+    if card.bits is not None and ours is None:
+        yield (
+            f"the card says bits {card.bits}; the model saw no files of 16 bits in training, and "
+            "reads those alone that say how many bits they use"
+        )
+    elif card.bits is not None and card.bits != ours:
+        yield f"the card says bits {card.bits}; images are read with {ours}, as in training"
+    if "greys" in card.model_fields_set and card.greys != greys:
+        yield f"the card says greys {card.greys}; images are read with {greys}, as in training"
+    own = [] if model.point is None else model.point["positive"]
+    if finding and own and set(finding) != set(own):
+        named = " and ".join(finding)
+        yield f"the card calls {named} positive, the model's operating point {' and '.join(own)}"
 
 
 def match_classes(card: Card, classes: Sequence[str], where: str) -> list[int]:

@@ -19,10 +19,19 @@ def point_classes(
     task: str,
     *,
     positive: Sequence[str],
+    finding: Sequence[str] = (),
     sensitivity: float | None,
     specificity: float | None,
 ) -> list[str]:
     """Return the classes that count as positive, none when no operating point was asked for.
+
+    Args:
+        classes: names of the outputs.
+        task: see `to_probs`.
+        positive: classes that the user names.
+        finding: those of the card, where the user names none.
+        sensitivity: asked for.
+        specificity: asked for.
 
     Raises:
         WaraError: kind "config" for an unknown class, or when what is asked for is no point.
@@ -37,7 +46,7 @@ def point_classes(
     asked = sensitivity if specificity is None else specificity
     if not 0 < float(asked or 0) <= 1:
         raise WaraError("config", f"{asked} is no share", "", "give a number above 0, at most 1")
-    return positive_classes(positive, classes, task)
+    return positive_classes(positive or finding, classes, task)
 
 
 def operating_point(

@@ -26,15 +26,17 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the new folder")
     parser.add_argument("--onnx", action="store_true", help="write ONNX (always done)")
     parser.add_argument("--int8", action="store_true", help="quantise the matrix products")
-    _point_arguments(parser)
+    _point_arguments(parser, "the card's")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="where the backbone's weights lie now"
     )
 
 
-def _point_arguments(parser: argparse.ArgumentParser) -> None:
+def _point_arguments(parser: argparse.ArgumentParser, positive: str) -> None:
     parser.add_argument(
-        "--positive", metavar="CLASS[,CLASS]", help="classes that count as positive"
+        "--positive",
+        metavar="CLASS[,CLASS]",
+        help=f"classes that count as positive (default: {positive})",
     )
     either = parser.add_mutually_exclusive_group()
     for name in ("sensitivity", "specificity"):
@@ -106,7 +108,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--positive",
         metavar="CLASS[,CLASS]",
-        help="classes of the decision curve, where the model has no operating point",
+        help="classes of the decision curve, where the model has no operating point "
+        "(default: the card's)",
     )
     batch = whole("--batch-size", 1, MOST_BATCH)
     add("--batch-size", type=batch, default=16, metavar="N", help="images at a time (default: 16)")
@@ -135,7 +138,7 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="the new folder")
     _root_argument(parser)
-    _point_arguments(parser)
+    _point_arguments(parser, "the bundle's, else the card's")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
