@@ -616,6 +616,7 @@ def test_missing_extra_is_told_with_the_install_line(
     assert not any(isinstance(module, AdapterLayer) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_peft_is_imported_only_when_used() -> None:
     code = (
         "import sys, timm, wara; from wara.adapters import METHODS\n"

@@ -380,7 +380,8 @@ def test_another_config_in_the_folder_is_refused(
     assert tables(copy) == tables(whole.out)
 
 
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0, 1])
 def test_stopped_and_started_again_gives_the_same_table(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:

@@ -304,7 +304,8 @@ def test_the_simulation_tells_when_seeds_are_resampled_by_themselves():
     assert hits / 150 < QUICK["low"]
 
 
-@pytest.mark.parametrize("paired", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("paired", [False, True])
 def test_a_method_is_not_called_different_from_itself(paired):
     rng = np.random.default_rng(8)
     different = significant = 0

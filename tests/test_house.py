@@ -126,6 +126,7 @@ for room in sys.argv[2:]:
     python(code, ",".join(sorted(HEAVY)), *names)
 
 
+@pytest.mark.slow
 def test_a_run_is_read_and_its_model_used_without_the_heavy_libraries(tmp_path):
     config = tiny_config(tmp_path, epochs=1)
     run(config, quiet=True)
@@ -151,6 +152,7 @@ wara.load_adapter(plain, run.folder.adapter)
     python(code, ",".join(sorted(HEAVY)), config.out, config.backbone.weights)
 
 
+@pytest.mark.slow
 def test_a_plan_loads_no_trainer(tmp_path):
     config = tiny_config(tmp_path)
     code = """

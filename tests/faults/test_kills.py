@@ -23,7 +23,7 @@ def start(forks: Forks, whole: Path, out: Path, *more: str, **options) -> Comman
 
 
 def test_at_a_random_moment(forks: Forks, whole: Path, tmp_path: Path, amount, tally) -> None:
-    tries, lost, clock = amount(2, 20), [], random.Random(1)
+    tries, lost, clock = amount(1, 20), [], random.Random(1)
     for number in range(tries):
         out, more = tmp_path / f"{number}", ("--set", f"data.workers={number % 2 * 2}")
         command = start(forks, whole, out, *more, pause=SLOW)
@@ -41,7 +41,7 @@ def test_at_a_random_moment(forks: Forks, whole: Path, tmp_path: Path, amount, t
 def test_while_a_checkpoint_is_written(
     forks: Forks, whole: Path, tmp_path: Path, amount, tally
 ) -> None:
-    tries, lost, dice = amount(2, 24), [], random.Random(2)
+    tries, lost, dice = amount(1, 24), [], random.Random(2)
     for number in range(tries):
         out = tmp_path / f"{number}"
         line = dice.randint(1, 400)

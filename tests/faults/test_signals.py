@@ -62,7 +62,7 @@ def test_at_every_stage(
 ) -> None:
     cases = list(itertools.product(MOMENTS, CODES, (True, False), (2, 0)))
     random.Random(4).shuffle(cases)
-    tries, lost = amount(2, 36), []
+    tries, lost = amount(1, 36), []
     for number, (moment, signum, group, workers) in enumerate(cases[:tries]):
         out, more = tmp_path / f"{number}", ["--set", f"data.workers={workers}"]
         reference = whole / "run"
@@ -83,7 +83,7 @@ def test_at_every_stage(
 
 
 def test_at_a_random_moment(forks: Forks, whole: Path, tmp_path: Path, amount, tally) -> None:
-    tries, lost, clock = amount(2, 20), [], random.Random(1)
+    tries, lost, clock = amount(1, 20), [], random.Random(1)
     for number in range(tries):
         out = tmp_path / f"{number}"
         signum, group = clock.choice(list(CODES)), clock.random() < 0.7
