@@ -248,6 +248,8 @@ def test_other_commands(
             subprocess.run([*script, "--images", "60"], check=True)
         if "--sweep-train" in words:  # of the images that there are here
             words = [*words, "--sweep-train", "8,16,30"]
+        if any("level=2" in word for word in words):  # a grid that has two levels
+            words = [*words, "--set", "backbone.img_size=64"]
         assert cli.main([*words[1:], "--plan", "--set", "data.images=60"]) == 0
     elif words[0] == "wara":
         assert cli.main(words[1:]) == 0
